@@ -1,0 +1,1 @@
+"""Versions of predictors: what one is, where it lies, and how it is published without ever breaking a reader."""

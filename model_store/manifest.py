@@ -1,0 +1,139 @@
+"""What a version says of itself: `manifest.json`, read before any of its other files is trusted.
+
+    <store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}
+"""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from traces.spec import RoutingSpec
+
+SCHEMA_VERSION = 1
+PREDICT = "predict.onnx"
+ADVANCE = "advance.onnx"
+MANIFEST = "manifest.json"
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Part(BaseModel):
+    """Refuses fields it does not know: a manifest written by a newer specMoE is not half-understood."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class StateTensor(Part):
+    """One tensor of the per-sequence state. It starts as zeros; `shape` is without the leading batch axis."""
+
+    name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    dtype: Literal["float32", "int32"]
+    shape: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...]
+
+
+class File(Part):
+    """A file of the version, as it was published."""
+
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    bytes: Annotated[int, Field(ge=1)]
+
+
+class Predictor(Part):
+    """Which network is inside, for people; the service needs none of it."""
+
+    name: str
+    parameters: Annotated[int, Field(ge=0)]
+    config: dict[str, Any] = {}
+
+
+class Coverage(Part):
+    """How many of the first-ranked experts to fetch so that all routed ones are among them.
+
+    `experts[i][l][d - 1]`: with probability `levels[i]`, for target layer l at distance d = 1 .. l + 1, where
+    distance l + 1 is the start of the token. From the validation split.
+    """
+
+    levels: tuple[Probability, ...]
+    experts: tuple[tuple[tuple[Annotated[int, Field(ge=1)], ...], ...], ...]
+
+    @model_validator(mode="after")
+    def _triangular(self) -> Self:
+        if len(self.experts) != len(self.levels):
+            raise ValueError(f"coverage has {len(self.experts)} tables for {len(self.levels)} levels")
+        for level, table in zip(self.levels, self.experts, strict=True):
+            for layer, row in enumerate(table):
+                if len(row) != layer + 1:
+                    raise ValueError(
+                        f"coverage at {level}, layer {layer} has {len(row)} distances, expected {layer + 1}"
+                    )
+        return self
+
+
+class Lineage(Part):
+    """Where a version comes from: enough to train it again."""
+
+    traces: tuple[TraceSource, ...]
+    command: str
+    code_revision: str
+    seed: int
+    trained_seconds: Annotated[float, Field(ge=0)]
+    hardware: str
+    packages: dict[str, str]
+
+
+class TraceSource(Part):
+    """A trace file that went into a version. `use`: what it was used for."""
+
+    name: str
+    use: Literal["train", "validation"]
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    tokens: Annotated[int, Field(ge=1)]
+    sequences: Annotated[int, Field(ge=1)]
+
+
+class Draft(Part):
+    """A manifest before it is published: everything but the version's number, its time and its files."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    spec: RoutingSpec
+    predictor: Predictor
+    # Which of the optional inputs change its predictions. It works without them too (-1, uniform).
+    uses_token_ids: bool
+    uses_gates: bool
+    state: tuple[StateTensor, ...]
+    opset: Annotated[int, Field(ge=1)]
+    # metrics[split][distance][metric]; distance "start", "1", "2", ...
+    metrics: dict[str, dict[str, dict[str, float]]]
+    coverage: Coverage
+    # What predict must answer, L x E probabilities, after `speculation.golden` fed it made-up routing.
+    golden: tuple[tuple[Probability, ...], ...]
+    lineage: Lineage
+
+    @model_validator(mode="after")
+    def _shapes_follow_the_spec(self) -> Self:
+        layers, experts = self.spec.num_layers, self.spec.num_experts
+        if len(self.golden) != layers or any(len(row) != experts for row in self.golden):
+            raise ValueError(f"golden must be {layers} x {experts}, as the spec says")
+        for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
+            if len(table) != layers or any(n > experts for row in table for n in row):
+                raise ValueError(f"coverage at {level} must have {layers} layers and at most {experts} experts")
+        if len({tensor.name for tensor in self.state}) != len(self.state):
+            raise ValueError("two state tensors have the same name")
+        return self
+
+
+class Manifest(Draft):
+    """What lies beside the graphs as `manifest.json`."""
+
+    version: Annotated[int, Field(ge=1)]
+    created: datetime
+    files: dict[Literal["predict.onnx", "advance.onnx"], File]
+
+    @model_validator(mode="after")
+    def _files_are_complete(self) -> Self:
+        if missing := {PREDICT, ADVANCE} - set(self.files):
+            raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        return self

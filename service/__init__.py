@@ -1,0 +1,1 @@
+"""The prediction service: a thin FastAPI shell around `speculation`."""

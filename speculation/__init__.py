@@ -1,0 +1,1 @@
+"""Running a version: ONNX Runtime session, state, ranking, coverage sets. Arrays in, arrays out; no server."""

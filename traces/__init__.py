@@ -1,0 +1,1 @@
+"""Recorded routing: what a mixture-of-experts model routed each token to, checked and on disk."""

@@ -1,0 +1,1 @@
+"""From routing traces to published versions: data sets, predictors, training, evaluation, export."""
