@@ -1,0 +1,89 @@
+"""The `specmoe` command: one table of subcommands, each imported only when it runs.
+
+specmoe --help
+specmoe SUBCOMMAND --help
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from traces.errors import SpecMoEError
+
+SUBCOMMANDS = {
+    "serve": "run the prediction service",
+    "traces": "import routing traces and tell how predictable they are",
+    "train": "train a predictor from routing traces",
+    "export": "turn a training run into ONNX graphs and a manifest",
+    "publish": "put an exported predictor into a store as a new version",
+    "evaluate": "score a version, as it would be served, on traces",
+    "store": "list, show, verify versions and move aliases",
+    "replay": "play a trace through a running service, as a model server would",
+    "bench": "measure model time and the service's latency on this machine",
+}
+
+# The extra that brings a module which a subcommand may find missing.
+EXTRA_OF_MODULE = {
+    "torch": "training",
+    "onnx": "training",
+    "matplotlib": "training",
+    "tensorboard": "training",
+    "pyarrow": "traces",
+    "tqdm": "traces",
+    "boto3": "s3",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one subcommand. Returns the exit status: 0 done, 1 it failed, 2 bad input, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = _front_parser()
+    name = parser.parse_args(arguments[:1]).subcommand
+    try:
+        return _run(name, arguments[1:])
+    except SpecMoEError as error:
+        print(f"specmoe: {error}", file=sys.stderr)
+        return 2
+    except ModuleNotFoundError as error:
+        extra = EXTRA_OF_MODULE.get((error.name or "").partition(".")[0])
+        if extra is None:
+            raise
+        print(
+            f"specmoe {name} needs {error.name}. Install it: pip install 'specmoe[{extra}]'", file=sys.stderr
+        )
+        return 2
+    except KeyboardInterrupt:
+        print("specmoe: interrupted.", file=sys.stderr)
+        return 130
+
+
+def _front_parser() -> argparse.ArgumentParser:
+    width = max(map(len, SUBCOMMANDS))
+    listing = "\n".join(f"  {name:<{width}}  {text}" for name, text in SUBCOMMANDS.items())
+    parser = argparse.ArgumentParser(
+        prog="specmoe",
+        description=f"Which experts will a mixture-of-experts model need next?\n\n{listing}",
+        epilog="specmoe SUBCOMMAND --help tells the rest.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("subcommand", choices=SUBCOMMANDS, metavar="SUBCOMMAND", help="one of the above")
+    return parser
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    command = importlib.import_module(f"specmoe.commands.{name}")
+    parser = argparse.ArgumentParser(
+        prog=f"specmoe {name}",
+        description=command.__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    command.add_arguments(parser)
+    result: int = command.run(parser.parse_args(arguments))
+    return result
+
+
+if __name__ == "__main__":
+    sys.exit(main())
