@@ -1,1 +1,1 @@
-"""Versions of predictors: what one is, where it lies, and how it is published without ever breaking a reader."""
+"""Versions of predictors: what one is, where it lies, and how it is published without breaking a reader."""

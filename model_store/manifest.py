@@ -1,6 +1,6 @@
 """What a version says of itself: `manifest.json`, read before any of its other files is trusted.
 
-    <store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}
+<store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}
 """
 
 from __future__ import annotations
@@ -119,7 +119,7 @@ class Draft(Part):
             raise ValueError(f"golden must be {layers} x {experts}, as the spec says")
         for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
             if len(table) != layers or any(n > experts for row in table for n in row):
-                raise ValueError(f"coverage at {level} must have {layers} layers and at most {experts} experts")
+                raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
         if len({tensor.name for tensor in self.state}) != len(self.state):
             raise ValueError("two state tensors have the same name")
         return self

@@ -1,1 +1,1 @@
-"""Running a version: ONNX Runtime session, state, ranking, coverage sets. Arrays in, arrays out; no server."""
+"""Running a version: ONNX Runtime session, state, ranking, coverage sets. Arrays in, arrays out."""
