@@ -1,0 +1,69 @@
+"""Opens any routing trace: picks the reader by the file's extension, and tells a trace's digest.
+
+`load` is the one door through which recorded routing enters the project; what comes out of it was checked.
+
+    specmoe traces info recording.npz
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+from traces.errors import TraceError
+from traces.importers import npz
+from traces.trace import RoutingTrace, concatenate
+
+READERS: dict[str, Callable[[Path], RoutingTrace]] = {".npz": npz.read}
+
+
+def load(path: Path) -> RoutingTrace:
+    """The trace in a file, or in a folder of files of one kind (put together in name order), checked.
+
+    Raises TraceError (TraceFormatError where a file cannot be read at all) with file, row and reason.
+    """
+    files = trace_files(path)
+    return concatenate([READERS[file.suffix](file) for file in files])
+
+
+def trace_files(path: Path) -> list[Path]:
+    """The trace files of a folder in name order, or the one file itself; all of one kind.
+
+    Raises TraceError where there is none, its extension is unknown, or a folder mixes kinds.
+    """
+    if not path.exists():
+        raise TraceError(f"{path} does not exist.", remedy="Check the path.")
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise TraceError(
+                f"{path} has extension {path.suffix!r}, expected {', '.join(READERS)}.",
+                remedy="Convert the recording; docs/trace-format.md describes each form.",
+            )
+        return [path]
+    files = sorted(file for file in path.iterdir() if file.suffix in READERS and file.is_file())
+    kinds = sorted({file.suffix for file in files})
+    if len(kinds) != 1:
+        raise TraceError(
+            f"{path} has {' and '.join(kinds) if kinds else 'no'} trace files, expected one kind of"
+            f" {', '.join(READERS)}.",
+            remedy="Give a folder with trace files of one kind.",
+        )
+    return files
+
+
+def digest(path: Path) -> str:
+    """sha256 of a trace, in hex: of the file, or of a folder's trace files in name order.
+
+    A folder's is what `sha256sum FILES | sha256sum` prints inside of it, so that anyone can check it.
+    """
+    files = trace_files(path)
+    if path.is_file():
+        return _sha256(path)
+    listing = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    return hashlib.sha256(listing.encode()).hexdigest()
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()

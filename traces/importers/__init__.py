@@ -1,0 +1,1 @@
+"""Readers of other systems' recordings, each handing on a checked RoutingTrace."""
