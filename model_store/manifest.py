@@ -6,17 +6,18 @@
 from __future__ import annotations
 
 from datetime import datetime
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from traces.spec import RoutingSpec
 
-SCHEMA_VERSION = 1
-PREDICT = "predict.onnx"
-ADVANCE = "advance.onnx"
-MANIFEST = "manifest.json"
+SCHEMA_VERSION: Final = 1
+PREDICT: Final = "predict.onnx"
+ADVANCE: Final = "advance.onnx"
+MANIFEST: Final = "manifest.json"
 
+GraphName = Literal["predict.onnx", "advance.onnx"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -130,7 +131,7 @@ class Manifest(Draft):
 
     version: Annotated[int, Field(ge=1)]
     created: datetime
-    files: dict[Literal["predict.onnx", "advance.onnx"], File]
+    files: dict[GraphName, File]
 
     @model_validator(mode="after")
     def _files_are_complete(self) -> Self:

@@ -1,0 +1,38 @@
+"""What can go wrong when a version is run, as one tree.
+
+SpecMoEError
+└── SpeculationError
+    ├── InputInvalid         an array or an option of the caller is not what it must be
+    ├── CoverageUnknown      no coverage table answers the question
+    ├── ProviderUnavailable  the accelerator asked for does not work here
+    └── GraphRefused         a version's graphs are not what its manifest promises
+        └── GoldenMismatch   it runs, but answers otherwise than when it was published
+"""
+
+from __future__ import annotations
+
+from traces.errors import SpecMoEError
+
+
+class SpeculationError(SpecMoEError):
+    """A version cannot be run, or not with these inputs."""
+
+
+class InputInvalid(SpeculationError):
+    """An array or an option of the caller is not what it must be."""
+
+
+class CoverageUnknown(SpeculationError):
+    """No coverage table answers the question."""
+
+
+class ProviderUnavailable(SpeculationError):
+    """The accelerator asked for does not work here."""
+
+
+class GraphRefused(SpeculationError):
+    """A version's graphs are not what its manifest promises."""
+
+
+class GoldenMismatch(GraphRefused):
+    """It runs, but answers otherwise than when it was published."""

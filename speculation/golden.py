@@ -1,0 +1,68 @@
+"""A version's known answer: what it must predict after made-up routing that anyone can make up again.
+
+Written into the manifest by training's export, checked before a version is published and before it is served.
+
+    specmoe publish runs/mine/export --store ./store
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Float, Float32, Int32, Int64
+
+from speculation.errors import GoldenMismatch
+from speculation.runtime import Speculator
+from traces.spec import RoutingSpec
+
+NUM_TOKENS = 4
+# Half precision on an accelerator stays within it, a wrong weight does not.
+TOLERANCE = 2e-3
+
+
+def golden_inputs(
+    spec: RoutingSpec,
+) -> tuple[Int64[np.ndarray, "T"], Int32[np.ndarray, "T L K"], Float32[np.ndarray, "T L K"]]:
+    """(token_ids, experts, gates) of T = 4 tokens, by formula; the second token's id is unknown (-1)."""
+    token = np.arange(NUM_TOKENS)[:, None, None]
+    layer = np.arange(spec.num_layers)[None, :, None]
+    slot = np.arange(spec.top_k)[None, None, :]
+    experts = (5 * token + 3 * layer + slot) % spec.num_experts
+    gates = 1.0 + (token + layer + 2 * slot) % 3
+    token_ids = np.array([11, -1, 2011, 3011])
+    return token_ids, experts.astype(np.int32), (gates / gates.sum(axis=-1, keepdims=True)).astype(np.float32)
+
+
+def golden_probabilities(speculator: Speculator) -> Float[np.ndarray, "L E"]:
+    """What it predicts for the last token, the first half of its layers seen; rows of seen layers are 0."""
+    token_ids, experts, gates = golden_inputs(speculator.spec)
+    state = speculator.initial_state(1)
+    for t in range(NUM_TOKENS - 1):
+        state = speculator.advance(state, token_ids[t : t + 1], experts[t : t + 1], gates[t : t + 1])
+    seen = speculator.spec.num_layers // 2
+    current = experts[-1:].copy()
+    current[:, seen:] = -1
+    probabilities: Float[np.ndarray, "L E"] = speculator.predict(state, token_ids[-1:], current, gates[-1:])[
+        0
+    ]
+    probabilities[:seen] = 0.0
+    return probabilities
+
+
+def check_golden(speculator: Speculator) -> None:
+    """Raises GoldenMismatch where the answer is no probability or not the published one."""
+    came = golden_probabilities(speculator)
+    name = f"{speculator.spec.model} version {speculator.manifest.version}"
+    if not ((came >= 0) & (came <= 1)).all():  # NaN is neither
+        layer, expert = np.argwhere(~((came >= 0) & (came <= 1)))[0]
+        raise GoldenMismatch(
+            f"{name} predicts {came[layer, expert]} for layer {layer}, expert {expert}, no probability.",
+            remedy="Train or export it again; do not serve it.",
+        )
+    difference = np.abs(came - np.asarray(speculator.manifest.golden, np.float32))
+    if difference.max() > TOLERANCE:
+        layer, expert = np.unravel_index(difference.argmax(), difference.shape)
+        raise GoldenMismatch(
+            f"{name} predicts {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
+            f"{speculator.provider}, its manifest promises {speculator.manifest.golden[layer][expert]:.4f}.",
+            remedy="Export it again, or run it on the provider it was checked on (`cpu`).",
+        )

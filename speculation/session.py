@@ -1,0 +1,124 @@
+"""From a graph's bytes to an ONNX Runtime session that was checked against the contract.
+
+Used by `speculation.runtime` alone. Which provider works is found out by trying: ONNX Runtime lists CUDA where
+its GPU build is installed, with or without a GPU.
+
+    specmoe serve
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal
+
+import onnxruntime
+
+from speculation.errors import GraphRefused, ProviderUnavailable
+
+Provider = Literal["cpu", "cuda"]
+ProviderChoice = Literal["auto", "cpu", "cuda"]
+NAME_OF_PROVIDER: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+ONNX_TYPE = {"float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
+
+# ONNX Runtime's severities: what it says below "error" is about its own optimisations.
+ERROR, FATAL, WARNING = 3, 4, 2
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """What the contract says of a graph's input or output. `shape`: without the leading batch axis."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return f"{self.dtype} [{', '.join(['B', *map(str, self.shape)])}]"
+
+
+def choose_provider(choice: ProviderChoice, graph: bytes, origin: str) -> Provider:
+    """The provider that really runs `graph`. Raises ProviderUnavailable: `cuda` asked for, not working."""
+    if choice not in ("auto", "cpu", "cuda"):
+        raise ProviderUnavailable(f"There is no provider {choice!r}.", remedy="Choose auto, cpu or cuda.")
+    if choice == "cpu":
+        return "cpu"
+    if NAME_OF_PROVIDER["cuda"] in onnxruntime.get_available_providers():
+        with _quiet():
+            used = open_session(graph, origin, "cuda", 1).get_providers()
+        if used[0] == NAME_OF_PROVIDER["cuda"]:
+            return "cuda"
+    if choice == "auto":
+        return "cpu"
+    raise ProviderUnavailable(
+        "The provider cuda does not work here: no NVIDIA GPU, or CUDA and cuDNN libraries are missing.",
+        remedy="Install NVIDIA's driver, CUDA and cuDNN as onnxruntime-gpu needs them, or choose cpu.",
+    )
+
+
+def open_session(graph: bytes, origin: str, provider: Provider, threads: int) -> onnxruntime.InferenceSession:
+    """A session for one-core microseconds. Raises GraphRefused where the bytes are no graph it can run."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.inter_op_num_threads = 1
+    options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    options.log_severity_level = ERROR
+    # A waiting thread that spins would take the core from the server beside it.
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    names = list(dict.fromkeys([NAME_OF_PROVIDER[provider], NAME_OF_PROVIDER["cpu"]]))
+    try:
+        return onnxruntime.InferenceSession(graph, options, providers=names)
+    except Exception as error:  # ONNX Runtime's own errors share no base of their own
+        raise GraphRefused(
+            f"{origin} is no graph that ONNX Runtime {onnxruntime.__version__} can run: {error}",
+            remedy="Export it again, for an operator set this runtime knows.",
+        ) from error
+
+
+def check_signature(
+    session: onnxruntime.InferenceSession, origin: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+) -> None:
+    """Raises GraphRefused, naming the tensor, where the graph's inputs or outputs are not the contract's."""
+    for kind, expected, found in (
+        ("input", inputs, session.get_inputs()),
+        ("output", outputs, session.get_outputs()),
+    ):
+        came = {argument.name: argument for argument in found}
+        wanted = {tensor.name for tensor in expected}
+        if came.keys() != wanted:
+            raise GraphRefused(
+                f"{origin} has the {kind}s {_listed(came)}, expected {_listed(wanted)}.", remedy=_REMEDY
+            )
+        for tensor in expected:
+            _check_tensor(f"{origin}: {kind} {tensor.name}", came[tensor.name], tensor)
+
+
+_REMEDY = "Export it again: its signature follows from the manifest's spec and state."
+
+
+def _check_tensor(origin: str, came: onnxruntime.NodeArg, expected: Tensor) -> None:
+    batch, *rest = came.shape or [0]
+    # A symbolic dimension (text or None) fits whatever comes; the batch axis must be one.
+    fits = len(rest) == len(expected.shape) and all(
+        not isinstance(axis, int) or axis == size for axis, size in zip(rest, expected.shape, strict=True)
+    )
+    if came.type != ONNX_TYPE[expected.dtype] or isinstance(batch, int) or not fits:
+        shape = ", ".join("?" if axis is None else str(axis) for axis in came.shape)
+        raise GraphRefused(f"{origin} is {came.type} [{shape}], expected {expected}.", remedy=_REMEDY)
+
+
+def _listed(names: Sequence[str] | set[str] | dict[str, object]) -> str:
+    return ", ".join(sorted(names)) or "none"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without ONNX Runtime's own report of the libraries it did not find: the caller says it better."""
+    onnxruntime.set_default_logger_severity(FATAL)
+    try:
+        yield
+    finally:
+        onnxruntime.set_default_logger_severity(WARNING)

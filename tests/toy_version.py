@@ -1,0 +1,206 @@
+"""A tiny but real version: two ONNX graphs that follow the contract, and a folder store that holds them.
+
+Its probabilities depend on everything a predictor may depend on: state (an average of past routing, the last
+token id), the current token id, and the layers seen so far, weighted by gate.
+
+    draft, predict, advance = toy_version()
+    store = open_store(toy_store(tmp_path))     # "toy": versions 1 and 2, production = 2
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+from model_store.documents import complete
+from model_store.manifest import Coverage, Draft, Lineage, Predictor, StateTensor, TraceSource
+from model_store.store import StoredVersion, open_store
+from speculation.golden import golden_probabilities
+from speculation.runtime import Speculator
+from traces.spec import RoutingSpec
+
+TOY_SPEC = RoutingSpec(model="toy", num_layers=4, num_experts=8, top_k=2)
+OPSET = 20
+# The newest format that the oldest supported ONNX Runtime reads.
+IR_VERSION = 10
+LEVELS = (0.9, 0.95, 0.99)
+
+
+def toy_version(
+    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, **overrides: Any
+) -> tuple[Draft, bytes, bytes]:
+    """(draft, predict graph, advance graph). `bias`: added to the logits; `overrides`: fields of the draft."""
+    predict, advance = _predict_graph(spec, bias), _advance_graph(spec)
+    draft = Draft(**(_fields(spec) | overrides))
+    if "golden" not in overrides:
+        unchecked = StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+        golden = golden_probabilities(Speculator(unchecked, provider="cpu"))
+        draft = draft.model_copy(update={"golden": tuple(tuple(map(float, row)) for row in golden)})
+    return draft, predict, advance
+
+
+def toy_stored(spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, **overrides: Any) -> StoredVersion:
+    """The toy as if it had been loaded from a store."""
+    draft, predict, advance = toy_version(spec, bias=bias, **overrides)
+    return StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+
+
+def toy_store(folder: Path) -> Path:
+    """A folder store with "toy" versions 1 and 2, which predict differently; production = 2."""
+    root = folder / "store"
+    store = open_store(root)
+    store.publish(*toy_version(bias=-1.0))
+    store.publish(*toy_version(bias=-0.5), aliases=["production"])
+    return root
+
+
+def _fields(spec: RoutingSpec) -> dict[str, Any]:
+    layers, experts = spec.num_layers, spec.num_experts
+    table = tuple(
+        tuple(min(experts, spec.top_k + distance) for distance in range(1, layer + 2))
+        for layer in range(layers)
+    )
+    return {
+        "spec": spec,
+        "predictor": Predictor(name="toy", parameters=0),
+        "uses_token_ids": True,
+        "uses_gates": True,
+        "state": (
+            StateTensor(name="average", dtype="float32", shape=(layers, experts)),
+            StateTensor(name="last_token", dtype="int32", shape=(1,)),
+        ),
+        "opset": OPSET,
+        "metrics": {"validation": {"start": {"recall_at_k": 0.5}, "1": {"recall_at_k": 0.6}}},
+        "coverage": Coverage(
+            levels=LEVELS,
+            experts=tuple(
+                tuple(tuple(min(experts, n + extra) for n in row) for row in table)
+                for extra in range(len(LEVELS))
+            ),
+        ),
+        "golden": ((0.0,) * experts,) * layers,
+        "lineage": Lineage(
+            traces=(TraceSource(name="made-up", use="train", sha256="0" * 64, tokens=100, sequences=2),),
+            command="toy",
+            code_revision="none",
+            seed=0,
+            trained_seconds=0.0,
+            hardware="none",
+            packages={"onnx": onnx.__version__},
+        ),
+    }
+
+
+def _inputs(spec: RoutingSpec) -> list[onnx.ValueInfoProto]:
+    layers, top_k = spec.num_layers, spec.top_k
+    value = helper.make_tensor_value_info
+    return [
+        value("average", TensorProto.FLOAT, ["B", layers, spec.num_experts]),
+        value("last_token", TensorProto.INT32, ["B", 1]),
+        value("token_id", TensorProto.INT64, ["B"]),
+        value("experts", TensorProto.INT32, ["B", layers, top_k]),
+        value("gates", TensorProto.FLOAT, ["B", layers, top_k]),
+    ]
+
+
+def _constants(spec: RoutingSpec) -> dict[str, np.ndarray]:
+    layers, experts = spec.num_layers, spec.num_experts
+    return {
+        "zero": np.array(0, np.float32),
+        "none": np.array(0, np.int32),
+        "half": np.array(0.5, np.float32),
+        "tiny": np.array(1e-9, np.float32),
+        "depth": np.array(experts, np.int64),
+        "off_on": np.array([0, 1], np.float32),
+        "slots": np.array([2], np.int64),
+        "last": np.array([-1], np.int64),
+        "middle": np.array([1], np.int64),
+        # Each layer hears of all earlier ones, the nearest loudest.
+        "earlier": np.tril(0.5 ** (np.arange(layers)[:, None] - np.arange(layers)[None, :]), -1).astype(
+            np.float32
+        )
+        * 4,
+        "frequencies": (np.arange(1, layers * experts + 1, dtype=np.float32) / 3).reshape(layers, experts),
+    }
+
+
+def _used() -> list[onnx.NodeProto]:
+    """experts, gates -> used [B, L, E]: the share of the gate each expert got; 0 in layers not seen."""
+    node = helper.make_node
+    return [
+        node("GreaterOrEqual", ["experts", "none"], ["seen"]),
+        node("Where", ["seen", "gates", "zero"], ["weights"]),
+        node("ReduceSum", ["weights", "slots"], ["sums"], keepdims=1),
+        node("Max", ["sums", "tiny"], ["positive_sums"]),
+        node("Div", ["weights", "positive_sums"], ["shares"]),
+        # An id of -1 counts from the end here; its share is 0.
+        node("Cast", ["experts"], ["ids"], to=TensorProto.INT64),
+        node("OneHot", ["ids", "depth", "off_on"], ["slot_onehot"], axis=-1),
+        node("Unsqueeze", ["shares", "last"], ["slot_shares"]),
+        node("Mul", ["slot_onehot", "slot_shares"], ["slot_used"]),
+        node("ReduceSum", ["slot_used", "slots"], ["used"], keepdims=0),
+    ]
+
+
+def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
+    node = helper.make_node
+    nodes = [
+        *_used(),
+        node("MatMul", ["earlier", "used"], ["heard"]),
+        node("Cast", ["last_token"], ["last_token_float"], to=TensorProto.FLOAT),
+        node("Cast", ["token_id"], ["token_float"], to=TensorProto.FLOAT),
+        node("Unsqueeze", ["token_float", "middle"], ["token_column"]),
+        node("Mul", ["last_token_float", "half"], ["faded"]),
+        node("Add", ["token_column", "faded"], ["tokens"]),
+        node("Unsqueeze", ["tokens", "last"], ["tokens_wide"]),
+        node("Mul", ["tokens_wide", "frequencies"], ["angles"]),
+        node("Sin", ["angles"], ["waves"]),
+        node("Add", ["heard", "average"], ["evidence"]),
+        node("Add", ["evidence", "waves"], ["sum"]),
+        node("Add", ["sum", "bias"], ["logits"]),
+        node("Sigmoid", ["logits"], ["probabilities"]),
+    ]
+    output = helper.make_tensor_value_info(
+        "probabilities", TensorProto.FLOAT, ["B", spec.num_layers, spec.num_experts]
+    )
+    return _graph("predict", nodes, spec, [output], {"bias": np.array(bias, np.float32)})
+
+
+def _advance_graph(spec: RoutingSpec) -> bytes:
+    node = helper.make_node
+    nodes = [
+        *_used(),
+        node("Add", ["average", "used"], ["both"]),
+        node("Mul", ["both", "half"], ["next_average"]),
+        node("Cast", ["token_id"], ["token_int"], to=TensorProto.INT32),
+        node("Unsqueeze", ["token_int", "middle"], ["next_last_token"]),
+    ]
+    outputs = [
+        helper.make_tensor_value_info(
+            "next_average", TensorProto.FLOAT, ["B", spec.num_layers, spec.num_experts]
+        ),
+        helper.make_tensor_value_info("next_last_token", TensorProto.INT32, ["B", 1]),
+    ]
+    return _graph("advance", nodes, spec, outputs, {})
+
+
+def _graph(
+    name: str,
+    nodes: list[onnx.NodeProto],
+    spec: RoutingSpec,
+    outputs: list[onnx.ValueInfoProto],
+    extra: dict[str, np.ndarray],
+) -> bytes:
+    needed = {tensor for node in nodes for tensor in node.input}
+    constants = {key: value for key, value in (_constants(spec) | extra).items() if key in needed}
+    initializers = [numpy_helper.from_array(value, key) for key, value in constants.items()]
+    graph = helper.make_graph(nodes, name, _inputs(spec), outputs, initializers)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="toy"
+    )
+    onnx.checker.check_model(model, full_check=True)
+    return bytes(model.SerializeToString())
