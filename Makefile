@@ -1,0 +1,71 @@
+# Everything a person does here. `make` alone lists it.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+REQUIREMENTS := pyproject.toml clients/python/pyproject.toml constraints.txt
+STORE ?= runs/store
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install serve test lint types bench image clean train-gpt-oss-20b train-deepseek-v2-lite
+
+help: ## List these targets
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+install: $(VENV)/.application ## Install the application into .venv (no torch)
+
+serve: $(VENV)/.application ## Serve the bundled predictors on loopback (ARGS="--port 9000")
+	$(BIN)/specmoe serve $(ARGS)
+
+test: $(VENV)/.development ## Run the tests (ARGS="-k store")
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/.development ## Check style and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.development ## Check types
+	$(BIN)/mypy
+	$(BIN)/mypy --package specmoe_client
+
+bench: $(VENV)/.development ## Measure model time and the service's latency on this machine
+	$(BIN)/specmoe bench $(ARGS)
+
+train-gpt-oss-20b: ## Train gpt-oss-20b's predictor and publish it (TRACES=folder STORE=folder)
+train-deepseek-v2-lite: ## Train deepseek-v2-lite's predictor and publish it (TRACES=folder STORE=folder)
+train-gpt-oss-20b train-deepseek-v2-lite: $(VENV)/.training
+	@test -n "$(TRACES)" || { echo "Which traces? make $@ TRACES=folder with train*.npz and validation.npz"; exit 2; }
+	$(BIN)/specmoe train --traces $(wildcard $(TRACES)/train*) --validation $(TRACES)/validation.npz \
+		--publish --store $(STORE) $(ARGS)
+
+image: $(VENV)/.application ## Build the container image without docker and show it answering (as root)
+	deploy/build-image.sh
+
+clean: ## Remove .venv and everything built
+	rm -rf $(VENV) build dist
+
+# One environment, filled as far as a target needs it. A stamp is older than what it was made from: install again.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "specMoE needs Python 3.11 or newer, $(PYTHON) is $$($(PYTHON) --version 2>&1). Name one: make PYTHON=python3.12 ..."; exit 1; }
+	@$(PYTHON) -c 'import ensurepip, venv' || \
+		{ echo "$(PYTHON) cannot make virtual environments. On Debian: apt-get install python3-venv"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.application: $(VENV)/.python $(REQUIREMENTS)
+	@echo "Installing specMoE into $(VENV) (some 340 MB, once)."
+	$(INSTALL) --editable .
+	@touch $@
+
+$(VENV)/.training: $(VENV)/.python $(REQUIREMENTS)
+	@echo "Installing specMoE and torch into $(VENV) (some 1.5 GB, once)."
+	$(INSTALL) --editable '.[training]'
+	@touch $@
+
+$(VENV)/.development: $(VENV)/.python $(REQUIREMENTS)
+	@echo "Installing specMoE, its client and what tests need into $(VENV) (some 2 GB, once)."
+	$(INSTALL) --editable '.[dev]' --editable clients/python
+	@touch $@ $(VENV)/.application $(VENV)/.training
