@@ -15,7 +15,26 @@ from traces.errors import TraceError
 from traces.importers import npz
 from traces.trace import RoutingTrace, concatenate
 
-READERS: dict[str, Callable[[Path], RoutingTrace]] = {".npz": npz.read}
+
+def _read_parquet(path: Path) -> RoutingTrace:
+    from traces import parquet
+
+    return parquet.read(path)
+
+
+def _read_route_csv(path: Path) -> RoutingTrace:
+    from traces.importers import route_csv
+
+    return route_csv.read(path).trace
+
+
+# pyarrow is only imported where it reads: .npz needs numpy alone.
+PARQUET = ".parquet"
+READERS: dict[str, Callable[[Path], RoutingTrace]] = {
+    ".npz": npz.read,
+    ".csv": _read_route_csv,
+    PARQUET: _read_parquet,
+}
 
 
 def load(path: Path) -> RoutingTrace:
@@ -24,6 +43,8 @@ def load(path: Path) -> RoutingTrace:
     Raises TraceError (TraceFormatError where a file cannot be read at all) with file, row and reason.
     """
     files = trace_files(path)
+    if files[0].suffix == PARQUET:  # its shards belong together
+        return _read_parquet(path)
     return concatenate([READERS[file.suffix](file) for file in files])
 
 

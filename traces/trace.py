@@ -57,7 +57,10 @@ class RoutingTrace:
         return slice(int(self.starts[index]), int(self.starts[index + 1]))
 
     def select(self, sequence_indices: Sequence[int]) -> RoutingTrace:
-        """These sequences alone, in the order given. Raises TraceError where none is given or one is unknown."""
+        """These sequences alone, in the order given.
+
+        Raises TraceError where none is given, or one that does not exist.
+        """
         for index in sequence_indices:
             if not 0 <= index < self.num_sequences:
                 raise TraceError(

@@ -17,7 +17,7 @@ import numpy as np
 from jaxtyping import Shaped
 
 from traces.errors import TraceError, TraceFormatError
-from traces.spec import RoutingSpec
+from traces.importers.model import spec_of
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace, check
 
 REQUIRED = ("experts", "starts", "num_experts")
@@ -45,8 +45,9 @@ def read(path: Path, *, model: str | None = None) -> RoutingTrace:
             " expected [tokens, layers, top_k] and [sequences + 1].",
             remedy="Save the arrays in these shapes.",
         )
-    spec = RoutingSpec(
-        model=model or _model_name(path, arrays),
+    spec = spec_of(
+        path,
+        model or _model_name(path, arrays),
         num_layers=experts.shape[1],
         num_experts=int(_scalar(path, arrays, "num_experts")),
         top_k=experts.shape[2],
