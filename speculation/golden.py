@@ -7,12 +7,16 @@ Written into the manifest by training's export, checked before a version is publ
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
 
 from speculation.errors import GoldenMismatch
-from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
+
+if TYPE_CHECKING:
+    from speculation.runtime import Speculator
 
 NUM_TOKENS = 4
 # Half precision on an accelerator stays within it, a wrong weight does not.

@@ -13,23 +13,26 @@ from speculation.errors import InputInvalid
 from traces.spec import RoutingSpec
 
 Array = np.ndarray[Any, Any]
+# Comparing with a dtype made once is ten times faster than with np.int32.
+INT32, INT64, FLOAT32 = np.dtype(np.int32), np.dtype(np.int64), np.dtype(np.float32)
 
 
-def check_array(name: str, array: object, dtype: Any, shape: tuple[int, ...]) -> None:
+def check_array(name: str, array: object, dtype: np.dtype[Any], shape: tuple[int, ...]) -> None:
     """Raises InputInvalid where `array` is not a numpy array of this dtype and shape."""
     if isinstance(array, np.ndarray) and array.dtype == dtype and array.shape == shape:
         return
     came = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
     raise InputInvalid(
-        f"{name} is {came}, expected {np.dtype(dtype).name} {list(shape)}.",
+        f"{name} is {came}, expected {dtype.name} {list(shape)}.",
         remedy="Convert it: nothing is guessed about what an array of another kind means.",
     )
 
 
 def check_experts(experts: Array, spec: RoutingSpec) -> None:
     """Raises InputInvalid where an id is out of range or a layer is seen in some of its slots only."""
-    lowest = experts.min(initial=0)
-    if lowest < -1 or experts.max(initial=-1) >= spec.num_experts:
+    # Plain reductions: the methods (`experts.min()`) and `any()` cost half a microsecond more each.
+    lowest = np.minimum.reduce(experts, axis=None)
+    if lowest < -1 or np.maximum.reduce(experts, axis=None) >= spec.num_experts:
         row, layer, slot = np.argwhere((experts < -1) | (experts >= spec.num_experts))[0]
         raise InputInvalid(
             f"experts[{row}, {layer}, {slot}] is {experts[row, layer, slot]}, "
@@ -38,9 +41,9 @@ def check_experts(experts: Array, spec: RoutingSpec) -> None:
         )
     if lowest == -1:
         unseen = experts < 0
-        mixed = unseen.any(axis=-1) & ~unseen.all(axis=-1)
-        if mixed.any():
-            row, layer = np.argwhere(mixed)[0]
+        mixed = unseen != unseen[:, :, :1]
+        if np.count_nonzero(mixed):
+            row, layer, _ = np.argwhere(mixed)[0]
             raise InputInvalid(
                 f"experts[{row}, {layer}] is {experts[row, layer].tolist()}: seen in some of its slots only.",
                 remedy=f"Give all {spec.top_k} experts of a layer, or -1 in every slot.",
@@ -49,8 +52,8 @@ def check_experts(experts: Array, spec: RoutingSpec) -> None:
 
 def check_gates(gates: Array, experts: Array) -> None:
     """Raises InputInvalid where a seen layer's gates are negative, not finite, or all zero."""
-    # One comparison for the usual case; NaN fails it too. The gates of layers not seen are ignored.
-    if gates.min(initial=1.0) > 0.0 and gates.max(initial=1.0) < np.inf:
+    # The usual case; NaN is not in it. The gates of layers not seen are ignored.
+    if np.minimum.reduce(gates, axis=None) > 0.0 and np.maximum.reduce(gates, axis=None) < np.inf:
         return
     seen = experts >= 0
     wrong = seen & ~((gates >= 0.0) & (gates < np.inf))

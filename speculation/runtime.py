@@ -17,7 +17,8 @@ from jaxtyping import Float32, Int32, Int64
 from model_store.manifest import ADVANCE, PREDICT, Manifest
 from model_store.store import Store, StoredVersion, open_store
 from speculation.errors import InputInvalid
-from speculation.inputs import check_array, check_experts, check_gates
+from speculation.golden import check_golden
+from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates
 from speculation.session import (
     Provider,
     ProviderChoice,
@@ -103,14 +104,15 @@ class Speculator:
     ) -> dict[str, np.ndarray[Any, Any]]:
         """The graphs' inputs, checked: a few microseconds for one sequence."""
         spec = self.spec
-        batch = len(experts) if isinstance(experts, np.ndarray) and experts.ndim else 1
-        check_array("experts", experts, np.int32, (batch, spec.num_layers, spec.top_k))
+        # At least one: an empty batch, too, is told what was expected.
+        batch = len(experts) or 1 if isinstance(experts, np.ndarray) and experts.ndim else 1
+        check_array("experts", experts, INT32, (batch, spec.num_layers, spec.top_k))
         check_experts(experts, spec)
         if gates is not None:
-            check_array("gates", gates, np.float32, experts.shape)
+            check_array("gates", gates, FLOAT32, experts.shape)
             check_gates(gates, experts)
         if token_ids is not None:
-            check_array("token_ids", token_ids, np.int64, (batch,))
+            check_array("token_ids", token_ids, INT64, (batch,))
         if token_ids is None or gates is None:
             absent = self._defaults.get(batch) or self._absent(batch)
             token_ids = absent[0] if token_ids is None else token_ids
@@ -144,8 +146,6 @@ def load_speculator(
     version: a number or an alias; None: `production`, else the newest. store: None: the versions shipped with
     the project. Raises StoreError, SpeculationError.
     """
-    from speculation.golden import check_golden
-
     opened = open_store(store) if store is None or isinstance(store, str | Path) else store
     speculator = Speculator(opened.load(model, opened.resolve(model, version)), provider=provider)
     check_golden(speculator)

@@ -1,7 +1,7 @@
 """From a graph's bytes to an ONNX Runtime session that was checked against the contract.
 
-Used by `speculation.runtime` alone. Which provider works is found out by trying: ONNX Runtime lists CUDA where
-its GPU build is installed, with or without a GPU.
+Used by `speculation.runtime` alone. Which provider works is found out by trying: ONNX Runtime
+lists CUDA wherever its GPU build is installed, with or without a GPU.
 
     specmoe serve
 """

@@ -33,7 +33,7 @@ LEVELS = (0.9, 0.95, 0.99)
 def toy_version(
     spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, **overrides: Any
 ) -> tuple[Draft, bytes, bytes]:
-    """(draft, predict graph, advance graph). `bias`: added to the logits; `overrides`: fields of the draft."""
+    """(draft, predict graph, advance graph). bias: added to the logits; overrides: fields of the draft."""
     predict, advance = _predict_graph(spec, bias), _advance_graph(spec)
     draft = Draft(**(_fields(spec) | overrides))
     if "golden" not in overrides:
