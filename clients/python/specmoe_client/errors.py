@@ -1,0 +1,93 @@
+"""What can go wrong between a decode loop and the service.
+
+    ClientError
+    ├── NoPredictionError       no usable answer in time: decoding goes on without one
+    │   ├── LateError           the deadline passed first
+    │   ├── UnreachableError    no connection, or it broke before the answer was complete
+    │   ├── UnavailableError    the service is there but cannot answer now (408, 429, 5xx)
+    │   └── BadAnswerError      what came is not a specMoE answer
+    └── RefusedError            the request is wrong and will stay wrong: mend the program
+        ├── NotFoundError       no such model, version or alias (404)
+        └── InvalidRequestError wrong shapes, ids or options, or too large a body (413, 422)
+
+`predict` returns None for the first branch unless it is told to raise; the second branch is always raised.
+"""
+
+from __future__ import annotations
+
+
+class ClientError(Exception):
+    """Any error of this package. `message`: what happened; `remedy`: what to do about it."""
+
+    def __init__(self, message: str, *, remedy: str) -> None:
+        super().__init__(f"{message} {remedy}")
+        self.message = message
+        self.remedy = remedy
+
+
+class NoPredictionError(ClientError):
+    """The service gave no usable answer in time. `reason`: one word, fit for a metric's label.
+
+    `retryable`: asking again within a few milliseconds may help.
+    """
+
+    reason = "none"
+
+    def __init__(self, message: str, *, remedy: str, retryable: bool = False) -> None:
+        super().__init__(message, remedy=remedy)
+        self.retryable = retryable
+
+
+class LateError(NoPredictionError):
+    """The total deadline passed before the answer was complete."""
+
+    reason = "late"
+
+
+class UnreachableError(NoPredictionError):
+    """No connection could be made, or it broke, or spoke no HTTP, before the answer was complete."""
+
+    reason = "unreachable"
+
+
+class UnavailableError(NoPredictionError):
+    """The service cannot predict now: still warming up, too busy, or failing inside.
+
+    `status` of HTTP; `code`: the service's own word; `request_id`: where to look in its log.
+    """
+
+    reason = "unavailable"
+
+    def __init__(self, message: str, *, remedy: str, status: int, code: str, request_id: str) -> None:
+        # Only "not now" is worth asking again at once; a failure inside will repeat.
+        super().__init__(message, remedy=remedy, retryable=status == 503)
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+
+
+class BadAnswerError(NoPredictionError):
+    """The answer is not what a specMoE service of this version sends."""
+
+    reason = "bad-answer"
+
+
+class RefusedError(ClientError):
+    """The service refused the request for what it asks.
+
+    `status` of HTTP; `code`: the service's own word; `request_id`: where to look in its log.
+    """
+
+    def __init__(self, message: str, *, remedy: str, status: int, code: str, request_id: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.status = status
+        self.code = code
+        self.request_id = request_id
+
+
+class NotFoundError(RefusedError):
+    """The service has no such model, version or alias."""
+
+
+class InvalidRequestError(RefusedError):
+    """The request's shapes, ids or options are wrong, or its body is too large."""
