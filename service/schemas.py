@@ -159,7 +159,9 @@ class ModelSummary(BaseModel):
     model: str
     ready: bool
     version: int | None = Field(description="The version that answers where a request names none.")
-    selector: int | str | None = Field(description="What the settings ask for; null: production, else newest.")
+    selector: int | str | None = Field(
+        description="What the settings ask for; null: production, else newest."
+    )
     reason: str | None = Field(description="Why it is not ready, or why a newer choice was refused.")
     spec: SpecSummary | None
     versions: list[int]
@@ -184,20 +186,22 @@ class LineageSummary(BaseModel):
 
 
 class VersionSummary(BaseModel):
-    """A version in the store. Where `broken` is set it cannot be read and the rest is null."""
+    """A version in the store. Where its manifest cannot be read, all but the first three fields are null."""
 
     version: int
     broken: str | None = Field(description="Why it cannot be served; null where nothing is known against it.")
     loaded: bool
-    created: datetime | None
-    predictor: str | None
-    parameters: int | None
-    bytes: int | None = Field(description="Both graphs together.")
-    uses_token_ids: bool | None
-    uses_gates: bool | None
-    coverage_levels: list[float] | None
-    metrics: dict[str, dict[str, dict[str, float]]] | None = Field(description="metrics[split][distance][name]")
-    lineage: LineageSummary | None
+    created: datetime | None = None
+    predictor: str | None = None
+    parameters: int | None = None
+    bytes: int | None = Field(default=None, description="Both graphs together.")
+    uses_token_ids: bool | None = None
+    uses_gates: bool | None = None
+    coverage_levels: list[float] | None = None
+    metrics: dict[str, dict[str, dict[str, float]]] | None = Field(
+        default=None, description="metrics[split][distance][name]"
+    )
+    lineage: LineageSummary | None = None
 
 
 class VersionList(BaseModel):

@@ -1,0 +1,121 @@
+"""From probabilities to what is answered: ranked lists a layer, cut at top_n or at a coverage.
+
+probabilities -> `per_sequence` or `union` -> JSON
+
+.venv/bin/python -m pytest tests/service/test_answers.py
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from jaxtyping import Bool, Float, Float32, Int64
+
+from model_store.manifest import Manifest
+from service.batch import Batch
+from service.errors import RequestInvalid
+from service.schemas import PredictRequest
+from speculation.coverage import coverage_size
+from speculation.demand import union_demand
+from speculation.ranking import expected_recall, rank
+from traces.spec import RoutingSpec
+
+# What is meant where a request says neither top_n nor coverage: twice as many as are routed.
+DEFAULT_TOP_K_MULTIPLE = 2
+# Calibration is good to about a percent; more decimals are bytes on the wire.
+DECIMALS = 6
+
+Wanted = Bool[np.ndarray, "B L"]
+Sizes = Int64[np.ndarray, "B L"]
+Probabilities = Float32[np.ndarray, "B L E"]
+
+
+def list_sizes(request: PredictRequest, manifest: Manifest, batch: Batch, wanted: Wanted) -> Sizes:
+    """How many experts each sequence's layer gets; 0 where it is not wanted.
+
+    Raises RequestInvalid where top_n exceeds the experts, CoverageUnknown for a level above the table's.
+    """
+    spec = manifest.spec
+    if request.coverage is None:
+        return np.where(wanted, _top_n(request, spec), 0)
+    sizes = np.zeros(wanted.shape, np.int64)
+    for seen in np.unique(batch.seen):
+        rows = batch.seen == seen
+        for layer in np.flatnonzero(wanted[rows].any(axis=0)):
+            sizes[rows, layer] = coverage_size(manifest.coverage, request.coverage, int(layer), int(seen))
+    return np.where(wanted, sizes, 0)
+
+
+def per_sequence(
+    probabilities: Probabilities, sizes: Sizes, batch: Batch, spec: RoutingSpec
+) -> list[list[dict[str, Any]]]:
+    """For each sequence, its wanted layers in order, as `service.schemas.LayerPrediction`."""
+    longest = max(1, int(sizes.max()))
+    experts, ranked = rank(probabilities, longest)
+    kept = np.where(np.arange(longest) < sizes[..., None], ranked, np.float32(0))
+    recall = _plain(expected_recall(kept, spec.top_k))
+    expert_lists, probability_lists = experts.tolist(), _plain(ranked)
+    return [
+        [
+            {
+                "layer": layer,
+                "distance": layer - seen + 1,
+                "experts": expert_lists[number][layer][:size],
+                "probabilities": probability_lists[number][layer][:size],
+                "expected_recall": recall[number][layer],
+            }
+            for layer, size in enumerate(row)
+            if size
+        ]
+        for number, (row, seen) in enumerate(zip(sizes.tolist(), batch.seen.tolist(), strict=True))
+    ]
+
+
+def union(
+    probabilities: Probabilities, sizes: Sizes, request: PredictRequest, spec: RoutingSpec
+) -> list[dict[str, Any]]:
+    """The wanted layers in order, as `service.schemas.UnionPrediction`.
+
+    A sequence that has passed a layer, or is not asked about it, needs none of its experts.
+    """
+    demand = union_demand(np.where(sizes[..., None] > 0, probabilities, np.float32(0)))
+    experts, ranked = rank(demand, spec.num_experts)
+    if request.coverage is None:
+        kept = np.arange(spec.num_experts) < sizes.max(axis=0)[:, None]
+    else:
+        kept = np.take_along_axis(_in_some_set(probabilities, sizes), experts, axis=-1)
+    rounded = np.round(ranked.astype(np.float64), DECIMALS)
+    return [
+        {
+            "layer": int(layer),
+            "experts": experts[layer, kept[layer]].tolist(),
+            "probabilities": rounded[layer, kept[layer]].tolist(),
+        }
+        for layer in np.flatnonzero(sizes.any(axis=0))
+    ]
+
+
+def _top_n(request: PredictRequest, spec: RoutingSpec) -> int:
+    if request.top_n is None:
+        return min(spec.num_experts, DEFAULT_TOP_K_MULTIPLE * spec.top_k)
+    if request.top_n > spec.num_experts:
+        raise RequestInvalid(
+            f"top_n is {request.top_n}, but {spec.model} has {spec.num_experts} experts a layer.",
+            remedy=f"Ask for 1 to {spec.num_experts}.",
+        )
+    return request.top_n
+
+
+def _in_some_set(probabilities: Probabilities, sizes: Sizes) -> Bool[np.ndarray, "L E"]:
+    """Which experts are among the first `sizes` of some sequence."""
+    experts, _ = rank(probabilities, probabilities.shape[-1])
+    first = np.arange(probabilities.shape[-1]) < sizes[..., None]
+    members = np.zeros(probabilities.shape, bool)
+    np.put_along_axis(members, experts.astype(np.int64), first, axis=-1)
+    return np.asarray(members.any(axis=0))
+
+
+def _plain(values: Float[np.ndarray, "..."]) -> Any:
+    """Python numbers, rounded: float32 as it is would be written with 17 digits."""
+    return np.round(values.astype(np.float64), DECIMALS).tolist()

@@ -1,0 +1,109 @@
+"""The application, put together from its parts.
+
+settings, store -> `create_app` -> routes -> predictions, models, metrics
+
+    specmoe serve
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.openapi.utils import get_openapi
+from starlette.exceptions import HTTPException
+
+from model_store.store import Store, open_store
+from service.explain import explained
+from service.metrics import Metrics
+from service.middleware import BodyLimit, InFlightLimit, RequestScope, exchange_of
+from service.predictions import Predictions
+from service.problems import problem
+from service.routes import PREDICT_PATH, health_routes, model_routes, predict_routes
+from service.schemas import PREDICT_REQUEST
+from service.serving import Serving
+from service.settings import Settings
+
+
+def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
+    """An app that serves `store` (None: the one in the settings). It reads nothing before it is started."""
+    metrics = Metrics()
+    serving = Serving(store or open_store(settings.store), settings, metrics)
+    predictions = Predictions(serving, settings)
+    app = FastAPI(
+        title="specMoE",
+        summary="Which experts will a mixture-of-experts model need next?",
+        version=_own_version(),
+        lifespan=_lifespan(serving, predictions),
+        redoc_url=None,
+    )
+    app.include_router(predict_routes(predictions, settings.body_timeout_seconds))
+    app.include_router(model_routes(serving))
+    app.include_router(health_routes(serving, metrics))
+    app.add_exception_handler(HTTPException, _refuse)
+    app.add_exception_handler(RequestValidationError, _refuse_parameters)
+    # The last one added is the outermost.
+    app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
+    app.add_middleware(InFlightLimit, path=PREDICT_PATH, limit=settings.max_in_flight, metrics=metrics)
+    app.add_middleware(RequestScope, metrics=metrics, access_log_share=settings.access_log_share)
+    app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
+    return app
+
+
+def _lifespan(serving: Serving, predictions: Predictions) -> Any:
+    @contextlib.asynccontextmanager
+    async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
+        following = asyncio.create_task(serving.run())
+        try:
+            yield
+        finally:
+            following.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await following
+            predictions.close()
+            serving.loader.close()
+
+    return lifespan
+
+
+async def _refuse(request: Request, error: Exception) -> Response:
+    """What the router refuses: a path or a method."""
+    exchange = exchange_of(request.scope)
+    found = problem(error)
+    exchange.outcome = found.kind.code
+    return found.response(exchange.request_id)
+
+
+async def _refuse_parameters(request: Request, error: Exception) -> Response:
+    """What FastAPI refuses: a parameter in the path or behind the question mark."""
+    problems = error.errors() if isinstance(error, RequestValidationError) else ()
+    return await _refuse(request, explained(problems))
+
+
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's description, and the model of the body that the predict endpoint reads by itself."""
+    if app.openapi_schema is None:
+        described = get_openapi(
+            title=app.title,
+            version=app.version,
+            summary=app.summary,
+            routes=app.routes,
+            tags=app.openapi_tags,
+        )
+        request = PREDICT_REQUEST.json_schema(ref_template="#/components/schemas/{model}")
+        parts = request.pop("$defs", {})
+        described["components"]["schemas"] |= {"PredictRequest": request, **parts}
+        app.openapi_schema = described
+    return app.openapi_schema
+
+
+def _own_version() -> str:
+    try:
+        return version("specmoe")
+    except PackageNotFoundError:  # run from a folder that was not installed
+        return "0"

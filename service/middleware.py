@@ -1,0 +1,198 @@
+"""Around every request, in pure ASGI: its id, its time, its outcome, its limits.
+
+server -> RequestScope (id, count, log, error body) -> InFlightLimit -> BodyLimit -> routes
+
+Starlette's BaseHTTPMiddleware would cost more than the model.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import random
+import re
+import time
+from dataclasses import dataclass
+
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from service.errors import BodyTooLarge, Overloaded, RequestInvalid
+from service.loading import Running
+from service.metrics import Metrics
+from service.problems import INTERNAL, problem
+
+log = logging.getLogger(__name__)
+
+SANE_REQUEST_ID = re.compile(rb"[A-Za-z0-9._-]{1,64}")
+OK = "ok"
+DISCONNECTED = "client_disconnected"
+
+
+@dataclass(slots=True)
+class Exchange:
+    """What is noted of one request while it is worked on. `endpoint`: the path as the routes have it."""
+
+    request_id: str
+    endpoint: str = ""
+    outcome: str = OK
+    status: int = 0
+    running: Running | None = None
+
+
+def exchange_of(scope: Scope) -> Exchange:
+    """The notes that RequestScope took along."""
+    exchange: Exchange = scope["specmoe.exchange"]
+    return exchange
+
+
+def header(scope: Scope, name: bytes) -> bytes | None:
+    """The first header of that lower-case name."""
+    return next((value for key, value in scope["headers"] if key == name), None)
+
+
+class RequestScope:
+    """Outermost: gives every request an id and every error a body; counts, times and logs."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics, access_log_share: float) -> None:
+        self._app = app
+        self._metrics = metrics
+        self._access_log_share = access_log_share
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        began = time.perf_counter()
+        exchange = scope["specmoe.exchange"] = Exchange(_request_id(scope))
+        tagged = _tagging(exchange, send)
+        try:
+            await self._app(scope, receive, tagged)
+        except ClientDisconnect:
+            exchange.outcome = DISCONNECTED
+        except Exception as error:
+            await _answer(error, scope, receive, tagged)
+        finally:
+            self._note(exchange, scope, time.perf_counter() - began)
+
+    def _note(self, exchange: Exchange, scope: Scope, seconds: float) -> None:
+        running = exchange.running
+        model, version = (running.model, str(running.version)) if running else ("", "")
+        route = scope.get("route")
+        endpoint = exchange.endpoint or (route.path if route else "")
+        self._metrics.count(endpoint, exchange.outcome, model, version)
+        if running and exchange.outcome == OK:
+            running.metrics.request_seconds.observe(seconds)
+        if self._access_log_share and random.random() < self._access_log_share:  # noqa: S311  # a sample, no secret
+            log.info(
+                "request",
+                extra={
+                    "request_id": exchange.request_id,
+                    "method": scope["method"],
+                    "path": scope["path"],
+                    "status": exchange.status,
+                    "outcome": exchange.outcome,
+                    "milliseconds": round(seconds * 1e3, 3),
+                    "model": model,
+                    "version": version,
+                },
+            )
+
+
+class BodyLimit:
+    """Refuses a body that is too large: by what its header says, else while it arrives."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self._app = app
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http":
+            declared = header(scope, b"content-length")
+            if declared is not None:
+                self._check(_bytes_declared(declared))
+            receive = self._counting(receive)
+        await self._app(scope, receive, send)
+
+    def _counting(self, receive: Receive) -> Receive:
+        arrived = 0
+
+        async def counted() -> Message:
+            nonlocal arrived
+            message = await receive()
+            arrived += len(message.get("body", b""))
+            self._check(arrived)
+            return message
+
+        return counted
+
+    def _check(self, size: int) -> None:
+        if size > self._max_bytes:
+            raise BodyTooLarge(
+                f"The body has {size} bytes or more, at most {self._max_bytes} are allowed.",
+                remedy="Split the batch, send less context, or raise SPECMOE_MAX_BODY_BYTES.",
+            )
+
+
+class InFlightLimit:
+    """Refuses requests to one path beyond a number at the same time, before their bodies are read."""
+
+    def __init__(self, app: ASGIApp, path: str, limit: int, metrics: Metrics) -> None:
+        self._app = app
+        self._limit = limit
+        self._gauge = metrics.in_flight
+        self._path = path
+        self._in_flight = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["path"] != self._path:
+            await self._app(scope, receive, send)
+            return
+        exchange_of(scope).endpoint = self._path
+        if self._in_flight >= self._limit:
+            raise Overloaded(
+                f"{self._in_flight} predictions are in flight, at most {self._limit} are allowed.",
+                remedy="Try again later, decode without a prediction, or raise SPECMOE_MAX_IN_FLIGHT.",
+            )
+        self._in_flight += 1
+        self._gauge.inc()
+        try:
+            await self._app(scope, receive, send)
+        finally:
+            self._in_flight -= 1
+            self._gauge.dec()
+
+
+async def _answer(error: Exception, scope: Scope, receive: Receive, send: Send) -> None:
+    """The error's body, unless an answer has begun."""
+    exchange = exchange_of(scope)
+    found = problem(error)
+    exchange.outcome = found.kind.code
+    if found.kind is INTERNAL:
+        log.error("request failed", exc_info=error, extra={"request_id": exchange.request_id})
+    if not exchange.status:
+        await found.response(exchange.request_id)(scope, receive, send)
+
+
+def _tagging(exchange: Exchange, send: Send) -> Send:
+    """`send` that adds the request id to the headers and notes the status."""
+    tag = (b"x-request-id", exchange.request_id.encode())
+
+    async def tagged(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            exchange.status = message["status"]
+            message["headers"].append(tag)
+        await send(message)
+
+    return tagged
+
+
+def _request_id(scope: Scope) -> str:
+    sent = header(scope, b"x-request-id")
+    return sent.decode() if sent and SANE_REQUEST_ID.fullmatch(sent) else os.urandom(8).hex()
+
+
+def _bytes_declared(declared: bytes) -> int:
+    if not declared.isdigit() or len(declared) > 18:
+        raise RequestInvalid("Content-Length is no number of bytes.", remedy="Send the body's length.")
+    return int(declared)
