@@ -125,7 +125,8 @@ def read_aliases(content: bytes, *, origin: str) -> dict[str, int]:
 
 def _read(kind: TypeAdapter[Document], content: bytes, origin: str) -> Document:
     try:
-        return kind.validate_json(content)
+        # Strict: "3" or true is no version 3.
+        return kind.validate_json(content, strict=True)
     except ValidationError as error:
         raise ManifestInvalid(f"{origin}: {_problems(error)}.", remedy=_remedy(origin)) from error
     except SpecError as error:

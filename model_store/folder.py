@@ -42,9 +42,8 @@ class FolderStore:
         return str(self._root)
 
     def models(self) -> list[str]:
-        with self._translated():
-            names = sorted(entry.name for entry in self._root.iterdir() if entry.is_dir())
-        return [name for name in names if MODEL_NAME.fullmatch(name) and self._numbers(name)]
+        names = sorted(name for name in self._folders() if MODEL_NAME.fullmatch(name))
+        return [name for name in names if self._numbers(name)]
 
     def versions(self, model: str) -> list[int]:
         numbers = self._numbers(documents.check_model(model))
@@ -112,15 +111,17 @@ class FolderStore:
 
     def _numbers(self, model: str) -> list[int]:
         """Version numbers by folder name alone; none where the model's folder is missing."""
+        return sorted(int(name) for name in self._folders(model) if VERSION_NAME.fullmatch(name))
+
+    def _folders(self, below: str = "") -> list[str]:
         with self._translated():
             if not self._root.is_dir():
                 raise StoreUnavailable(
                     f"There is no store at {self.location}.",
                     remedy="Check the location, or publish to it: that makes it.",
                 )
-            folder = self._root / model
-            names = [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
-        return sorted(int(name) for name in names if VERSION_NAME.fullmatch(name))
+            folder = self._root / below
+            return [entry.name for entry in folder.iterdir() if entry.is_dir()] if folder.is_dir() else []
 
     def _folder(self, model: str, version: int) -> Path:
         return self._root / model / str(select(model, version, self.versions(model), {}))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
@@ -16,6 +17,8 @@ SCHEMA_VERSION: Final = 1
 PREDICT: Final = "predict.onnx"
 ADVANCE: Final = "advance.onnx"
 MANIFEST: Final = "manifest.json"
+# Of one sequence; thousands of sequences may have theirs in memory at once.
+MAX_STATE_ELEMENTS = 1 << 22
 
 GraphName = Literal["predict.onnx", "advance.onnx"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -32,7 +35,15 @@ class StateTensor(Part):
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
     dtype: Literal["float32", "int32"]
-    shape: tuple[Annotated[int, Field(ge=1, le=1 << 20)], ...]
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+
+    @model_validator(mode="after")
+    def _fits_into_memory(self) -> Self:
+        if (elements := math.prod(self.shape)) > MAX_STATE_ELEMENTS:
+            raise ValueError(
+                f"state {self.name} has {elements} elements, expected {MAX_STATE_ELEMENTS} at most"
+            )
+        return self
 
 
 class File(Part):
@@ -121,8 +132,9 @@ class Draft(Part):
         for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
             if len(table) != layers or any(n > experts for row in table for n in row):
                 raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
-        if len({tensor.name for tensor in self.state}) != len(self.state):
-            raise ValueError("two state tensors have the same name")
+        names = ["token_id", "experts", "gates", *(tensor.name for tensor in self.state)]
+        if twice := sorted({name for name in names if names.count(name) > 1}):
+            raise ValueError(f"two inputs have the name {twice[0]}")
         return self
 
 

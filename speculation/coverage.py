@@ -17,7 +17,9 @@ def coverage_size(coverage: Coverage, level: float, layer: int, seen: int) -> in
     level: probability in (0, 1]; one that was not counted is answered by the next higher one that was, which
     promises more. Raises CoverageUnknown.
     """
-    return coverage.experts[_table(coverage, level)][layer][_distance(coverage, layer, seen) - 1]
+    table = coverage.experts[_table(coverage, level)]
+    distance = _distance(len(table), layer, seen)
+    return table[layer][distance - 1]
 
 
 def _table(coverage: Coverage, level: float) -> int:
@@ -35,8 +37,7 @@ def _table(coverage: Coverage, level: float) -> int:
     return min(enough)[1]
 
 
-def _distance(coverage: Coverage, layer: int, seen: int) -> int:
-    layers = len(coverage.experts[0])
+def _distance(layers: int, layer: int, seen: int) -> int:
     if not 0 <= layer < layers:
         raise CoverageUnknown(
             f"Layer {layer} was asked for, expected 0 to {layers - 1}.",

@@ -55,18 +55,19 @@ def golden_probabilities(speculator: Speculator) -> Float[np.ndarray, "L E"]:
 def check_golden(speculator: Speculator) -> None:
     """Raises GoldenMismatch where the answer is no probability or not the published one."""
     came = golden_probabilities(speculator)
-    name = f"{speculator.spec.model} version {speculator.manifest.version}"
-    if not ((came >= 0) & (came <= 1)).all():  # NaN is neither
-        layer, expert = np.argwhere(~((came >= 0) & (came <= 1)))[0]
+    possible = (came >= 0) & (came <= 1)  # NaN is neither
+    if not possible.all():
+        layer, expert = np.argwhere(~possible)[0]
         raise GoldenMismatch(
-            f"{name} predicts {came[layer, expert]} for layer {layer}, expert {expert}, no probability.",
+            f"{speculator.origin} predicts {came[layer, expert]} for layer {layer}, expert {expert}, "
+            "expected a probability.",
             remedy="Train or export it again; do not serve it.",
         )
     difference = np.abs(came - np.asarray(speculator.manifest.golden, np.float32))
     if difference.max() > TOLERANCE:
         layer, expert = np.unravel_index(difference.argmax(), difference.shape)
         raise GoldenMismatch(
-            f"{name} predicts {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
+            f"{speculator.origin} predicts {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
             f"{speculator.provider}, its manifest promises {speculator.manifest.golden[layer][expert]:.4f}.",
             remedy="Export it again, or run it on the provider it was checked on (`cpu`).",
         )

@@ -51,22 +51,22 @@ def check_experts(experts: Array, spec: RoutingSpec) -> None:
 
 
 def check_gates(gates: Array, experts: Array) -> None:
-    """Raises InputInvalid where a seen layer's gates are negative, not finite, or all zero."""
-    # The usual case; NaN is not in it. The gates of layers not seen are ignored.
+    """Raises InputInvalid where a gate is negative or not finite, or a seen layer's gates are all zero.
+
+    The gates of layers not seen are ignored, but a NaN would spread even from there.
+    """
+    # The usual case; NaN is not in it.
     if np.minimum.reduce(gates, axis=None) > 0.0 and np.maximum.reduce(gates, axis=None) < np.inf:
         return
-    seen = experts >= 0
-    wrong = seen & ~((gates >= 0.0) & (gates < np.inf))
+    remedy = "Give the router's weights after its softmax, or None where they are unknown."
+    wrong = ~((gates >= 0.0) & (gates < np.inf))
     if wrong.any():
         row, layer, slot = np.argwhere(wrong)[0]
+        came = gates[row, layer, slot]
         raise InputInvalid(
-            f"gates[{row}, {layer}, {slot}] is {gates[row, layer, slot]}, expected a finite weight from 0.",
-            remedy="Give the router's weights after its softmax, or None where they are unknown.",
+            f"gates[{row}, {layer}, {slot}] is {came}, expected a finite weight from 0.", remedy=remedy
         )
-    empty = seen.all(axis=-1) & (np.where(seen, gates, 0.0).sum(axis=-1) == 0.0)
+    empty = (experts[:, :, 0] >= 0) & (gates.sum(axis=-1) == 0.0)
     if empty.any():
         row, layer = np.argwhere(empty)[0]
-        raise InputInvalid(
-            f"gates[{row}, {layer}] are all 0 in a layer that was seen.",
-            remedy="Give the router's weights after its softmax, or None where they are unknown.",
-        )
+        raise InputInvalid(f"gates[{row}, {layer}] are all 0 in a layer that was seen.", remedy=remedy)

@@ -39,22 +39,31 @@ LARGEST_KEPT_BATCH = 64
 class Speculator:
     """Runs one version. Holds no sequence: state goes in and comes out, so threads may share it.
 
-    provider: `auto` takes CUDA where it really works; threads: ONNX Runtime's, within one call.
+    provider: `auto` takes CUDA where it really works; threads: ONNX Runtime's, within one call; origin: what
+    messages call the version (`model/version`).
     Raises GraphRefused where the graphs are not what the manifest says, ProviderUnavailable.
     """
 
-    def __init__(self, stored: StoredVersion, *, provider: ProviderChoice = "auto", threads: int = 1) -> None:
+    def __init__(
+        self,
+        stored: StoredVersion,
+        *,
+        provider: ProviderChoice = "auto",
+        threads: int = 1,
+        origin: str | None = None,
+    ) -> None:
         if threads < 1:
             raise InputInvalid(f"threads is {threads}, expected at least 1.", remedy="One is fastest mostly.")
         self.manifest: Manifest = stored.manifest
         self.spec: RoutingSpec = stored.manifest.spec
-        origin = f"{self.spec.model}/{self.manifest.version}/"
-        self.provider: Provider = choose_provider(provider, stored.predict, origin + PREDICT)
-        self._predict = open_session(stored.predict, origin + PREDICT, self.provider, threads)
-        self._advance = open_session(stored.advance, origin + ADVANCE, self.provider, threads)
+        self.origin: str = origin or f"{self.spec.model}/{self.manifest.version}"
+        predict, advance = f"{self.origin}/{PREDICT}", f"{self.origin}/{ADVANCE}"
+        self.provider: Provider = choose_provider(provider, stored.predict, predict)
+        self._predict = open_session(stored.predict, predict, self.provider, threads)
+        self._advance = open_session(stored.advance, advance, self.provider, threads)
         inputs, probabilities, next_state = _signature(self.manifest)
-        check_signature(self._predict, origin + PREDICT, inputs, [probabilities])
-        check_signature(self._advance, origin + ADVANCE, inputs, next_state)
+        check_signature(self._predict, predict, inputs, [probabilities])
+        check_signature(self._advance, advance, inputs, next_state)
         self._state = [(t.name, np.dtype(t.dtype), t.shape) for t in self.manifest.state]
         self._next_names = [tensor.name for tensor in next_state]
         # Made once: a call with its own costs 2 µs more.

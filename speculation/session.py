@@ -22,8 +22,8 @@ ProviderChoice = Literal["auto", "cpu", "cuda"]
 NAME_OF_PROVIDER: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONNX_TYPE = {"float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)"}
 
-# ONNX Runtime's severities: what it says below "error" is about its own optimisations.
-ERROR, FATAL, WARNING = 3, 4, 2
+# ONNX Runtime's severities. Its errors reach us as exceptions, so that it need not print them too.
+WARNING, FATAL = 2, 4
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def open_session(graph: bytes, origin: str, provider: Provider, threads: int) ->
     options.inter_op_num_threads = 1
     options.execution_mode = onnxruntime.ExecutionMode.ORT_SEQUENTIAL
     options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
-    options.log_severity_level = ERROR
+    options.log_severity_level = FATAL
     # A waiting thread that spins would take the core from the server beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")

@@ -1,0 +1,48 @@
+"""From an export to a published version: only what was run here, and answered as promised, is published.
+
+training's export -> FOLDER/{predict.onnx, advance.onnx, draft.json} -> publish_export() -> store
+
+specmoe publish FOLDER --store ./store --alias production
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from model_store.documents import MAX_DOCUMENT_BYTES, MAX_FILE_BYTES, complete, read_draft
+from model_store.errors import FileRefused
+from model_store.manifest import ADVANCE, PREDICT, Manifest
+from model_store.store import Store, StoredVersion
+from speculation.golden import check_golden
+from speculation.runtime import Speculator
+
+DRAFT = "draft.json"
+
+
+def publish_export(folder: Path, store: Store, *, aliases: Sequence[str] = ()) -> Manifest:
+    """Check an export, run it, and make it the next version of its model; then move the aliases to it.
+
+    Raises FileRefused, ManifestInvalid, GraphRefused, GoldenMismatch before anything is written, and what
+    `Store.publish` raises.
+    """
+    draft = read_draft(_read(folder / DRAFT, MAX_DOCUMENT_BYTES), origin=str(folder / DRAFT))
+    predict, advance = (_read(folder / name, MAX_FILE_BYTES) for name in (PREDICT, ADVANCE))
+    # The number is given by the store; until then it is the first of its kind.
+    unpublished = StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+    check_golden(Speculator(unpublished, provider="cpu", origin=str(folder)))
+    return store.publish(draft, predict, advance, aliases=aliases)
+
+
+def _read(path: Path, most_bytes: int) -> bytes:
+    if not path.is_file():
+        raise FileRefused(
+            f"{path} is missing.",
+            remedy=f"Name a folder with {PREDICT}, {ADVANCE} and {DRAFT}, as export writes it.",
+        )
+    if path.stat().st_size > most_bytes:
+        raise FileRefused(
+            f"{path} has {path.stat().st_size} bytes, expected {most_bytes} at most.",
+            remedy="Export a smaller predictor: it has to run in microseconds anyway.",
+        )
+    return path.read_bytes()
