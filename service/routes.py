@@ -1,4 +1,4 @@
-"""The endpoints: what comes is handed on, what comes back is sent. All async: threads cost more than the model.
+"""The endpoints: what comes is handed on, what comes back is sent. All async: a thread would cost too much.
 
 curl localhost:8080/docs
 """

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, ValidationError
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from model_store.documents import ALIAS_NAME, VERSION_NAME
@@ -38,6 +39,9 @@ class ModelChoice:
         ):
             raise ValueError(f"{text!r} is not model, model@version or model@alias")
         return cls(model, int(selector) if selector.isdecimal() else selector or None)
+
+    def __str__(self) -> str:
+        return self.model if self.selector is None else f"{self.model}@{self.selector}"
 
 
 def _choices(value: Any) -> Any:
@@ -106,6 +110,10 @@ class Settings(BaseSettings):
         0.0, ge=0.0, le=1.0, description="Share of requests that are logged, 0 to 1. Faults always are."
     )
 
+    def named_models(self) -> list[str]:
+        """The models that were asked for, as they were written; empty where all are served."""
+        return [str(choice) for choice in self.models]
+
 
 def read_settings(environment: Mapping[str, str] | None = None, **flags: Any) -> Settings:
     """Settings from the environment, flags first. Raises SettingsInvalid naming each wrong one."""
@@ -137,7 +145,9 @@ def _refuse_unknown(environment: Mapping[str, str]) -> None:
         )
 
 
-def _described(problem: Any) -> str:
-    name = variable(str(problem["loc"][0]))
-    message = problem["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    return f"{name} is {str(problem['input'])[:80]!r}: {message[0].lower()}{message[1:]}"
+def _described(problem: ErrorDetails) -> str:
+    message = problem["msg"].removeprefix("Value error, ")
+    expected = message.removeprefix("Input should be ")
+    if expected != message:
+        expected = f"expected {expected}"
+    return f"{variable(str(problem['loc'][0]))} is {str(problem['input'])[:80]!r}: {expected}"

@@ -1,0 +1,93 @@
+"""Run the prediction service.
+
+Every flag is a setting that may stand in the environment as well: --max-in-flight is SPECMOE_MAX_IN_FLIGHT.
+A flag goes before its variable. docs/settings.md tells more, docs/rest-api.md what the service answers.
+
+    specmoe serve --store ./store --models gpt-oss-20b@production --port 9000
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import socket
+
+from model_store.errors import ModelNotFound
+from model_store.store import Store, open_store
+from service.settings import Settings, read_settings
+
+log = logging.getLogger(__name__)
+
+# A decode loop that pauses keeps its connection; opening one costs more than a prediction.
+KEEP_ALIVE_SECONDS = 75
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One flag for every setting. What is not given is left to the environment."""
+    for name, setting in Settings.model_fields.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}",
+            default=argparse.SUPPRESS,
+            metavar=name.rpartition("_")[2].upper(),
+            help=(setting.description or "").replace("%", "%%"),
+        )
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or SIGINT, then let the requests in flight finish."""
+    from service.listening import close, listen
+    from service.logs import log_to_stderr
+
+    settings = read_settings(**vars(args))
+    log_to_stderr(settings.log_level)
+    store = open_store(settings.store)
+    check_models(store, settings)
+    listener = listen(settings)
+    try:
+        _serve(settings, store, listener)
+    finally:
+        close(listener)
+    return 0
+
+
+def check_models(store: Store, settings: Settings) -> None:
+    """Raises StoreError where the store, or a model that is to be served, is not there."""
+    for choice in settings.models:
+        store.resolve(choice.model, choice.selector)
+    if not settings.models and not store.models():
+        raise ModelNotFound(
+            f"The store at {store.location} holds no version of any model.",
+            remedy="Publish one with `specmoe publish`, or choose another store with --store.",
+        )
+
+
+def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
+    import uvicorn
+
+    from service.app import create_app
+    from service.listening import address, beyond_this_machine
+
+    config = uvicorn.Config(
+        create_app(settings, store),
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_SECONDS,
+        timeout_graceful_shutdown=settings.shutdown_seconds,
+    )
+    where = address(listener)
+    log.info(
+        "listening",
+        extra={"address": where, "store": store.location, "models": settings.named_models() or "all"},
+    )
+    if beyond_this_machine(listener):
+        log.warning("others than this machine may reach the service, which has no authentication")
+    # uvicorn raises the signal that stopped it once more at the end: a stop that was asked for is no failure.
+    signal.signal(signal.SIGTERM, lambda *_: None)
+    uvicorn.Server(config).run(sockets=[listener])
