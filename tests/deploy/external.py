@@ -15,7 +15,7 @@ def require(program: str) -> str:
     """Path of the program. Skips the test without it; with `CI=true`, where .ci/run installs it, fails."""
     path = shutil.which(program)
     if path is None:
-        missing = f"{program} is not installed (Debian: apt-get install prometheus)"
+        missing = f"{program} is not installed; .ci/run names its Debian package"
         if os.environ.get("CI") == "true":
             pytest.fail(missing)
         pytest.skip(missing)

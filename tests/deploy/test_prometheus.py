@@ -1,4 +1,4 @@
-"""The scrape configuration and the alerts: what promtool says, and whether the service exports what they name."""
+"""Prometheus: what promtool says of the configuration, and whether the service exports what alerts name."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import yaml
 
 from service.metrics import Metrics
 from service.problems import KINDS
+from service.routes import PREDICT_PATH
 from tests.deploy.external import require
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,11 @@ def test_alerts_name_metrics_that_the_service_exports(rule: dict[str, Any]) -> N
     exported = set(re.findall(r"^# TYPE (\w+) ", Metrics().text().decode(), re.MULTILINE))
     named = {name.removesuffix("_bucket") for name in re.findall(r"specmoe_\w+", rule["expr"])}
     assert named <= exported
+
+
+def test_the_error_share_looks_at_predictions() -> None:
+    named = {endpoint for rule in rules() for endpoint in re.findall(r'endpoint="([^"]*)"', rule["expr"])}
+    assert named == {PREDICT_PATH}
 
 
 def test_the_error_share_counts_codes_of_the_services_own_faults() -> None:
