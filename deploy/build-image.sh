@@ -52,7 +52,7 @@ with open("pyproject.toml", "rb") as file:
     project = tomllib.load(file)
 print(*project["build-system"]["requires"], *project["project"]["dependencies"], sep="\n")
 END
-    .venv/bin/python -m pip download --quiet --disable-pip-version-check --dest "$WHEELS" \
+    .venv/bin/python -m pip download --quiet --quiet --disable-pip-version-check --dest "$WHEELS" \
         --python-version 3.11 --only-binary :all: --constraint constraints.txt --requirement build/image/requirements.txt
 }
 
@@ -67,5 +67,5 @@ need
 make_base
 download_wheels
 build
-.venv/bin/python deploy/show_image.py "$IMAGE"
+.venv/bin/python -u deploy/show_image.py "$IMAGE"
 echo "== docker-archive for \`docker load\`: buildah push $IMAGE docker-archive:specmoe.tar"

@@ -100,9 +100,14 @@ def started(arguments: list[str]) -> Iterator[subprocess.Popen[bytes]]:
 
 def innermost(pid: int) -> int:
     """The process in the container: buildah hands no signal on, it kills."""
-    while children := Path(f"/proc/{pid}/task/{pid}/children").read_text().split():
-        pid = int(children[0])
+    while children := [child for task in Path(f"/proc/{pid}/task").iterdir() for child in started_by(task)]:
+        pid = children[0]
     return pid
+
+
+def started_by(task: Path) -> list[int]:
+    """The processes that one thread has started."""
+    return [int(child) for child in (task / "children").read_text().split()]
 
 
 def until_healthy(check: list[str], process: subprocess.Popen[bytes]) -> None:
