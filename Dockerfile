@@ -42,6 +42,11 @@ ENTRYPOINT ["specmoe"]
 
 FROM unprivileged AS training
 COPY --from=build-training /opt/specmoe /opt/specmoe
+# Checkpoints; a volume mounted here takes over that whoever runs the container may write.
+USER root
+RUN install --directory --mode 1777 /runs
+USER specmoe
+WORKDIR /runs
 CMD ["train", "--help"]
 
 FROM unprivileged AS service

@@ -36,9 +36,9 @@ bench: $(VENV)/.development ## Measure model time and the service's latency on t
 train-gpt-oss-20b: ## Train gpt-oss-20b's predictor and publish it (TRACES=folder STORE=folder)
 train-deepseek-v2-lite: ## Train deepseek-v2-lite's predictor and publish it (TRACES=folder STORE=folder)
 train-gpt-oss-20b train-deepseek-v2-lite: $(VENV)/.training
-	@test -n "$(TRACES)" || { echo "Which traces? make $@ TRACES=folder with train*.npz and validation.npz"; exit 2; }
-	$(BIN)/specmoe train --traces $(wildcard $(TRACES)/train*) --validation $(TRACES)/validation.npz \
-		--publish --store $(STORE) $(ARGS)
+	@test -n "$(TRACES)" || { echo "Which traces? make $@ TRACES=folder, with train*.npz and validation.npz in it."; exit 2; }
+	$(BIN)/specmoe train --traces $(wildcard $(TRACES)/train*) --validation $(wildcard $(TRACES)/validation*) \
+		--run runs/$(@:train-%=%) --publish --store $(STORE) $(ARGS)
 
 image: $(VENV)/.application ## Build the container image without docker and show it answering (as root)
 	deploy/build-image.sh

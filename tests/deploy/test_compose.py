@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import importlib.resources
 import json
 from pathlib import Path
@@ -56,6 +58,14 @@ def test_the_service_takes_its_environment(monkeypatch: pytest.MonkeyPatch) -> N
         "SPECMOE_PORT": str(settings.port),
         "SPECMOE_STORE": settings.store,
     } == environment
+
+
+@pytest.mark.parametrize("service", ["specmoe", "training"])
+def test_commands_are_ones_that_specmoe_takes(service: str) -> None:
+    name, *flags = SERVICES[service]["command"]
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"specmoe.commands.{name}").add_arguments(parser)
+    assert parser.parse_args(flags)
 
 
 def test_prometheus_scrapes_the_port_the_service_listens_on() -> None:
