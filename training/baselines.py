@@ -196,6 +196,7 @@ class NearestMaps(Fitted):
     follows_layers = True
     KEPT = 2048
     NEAREST = 24
+    COMPARED_AT_ONCE = 512
 
     def fit(self, trace: RoutingTrace) -> Self:
         super().fit(trace)
@@ -211,8 +212,8 @@ class NearestMaps(Fitted):
         self._check(trace)
         maps, previous = routing_maps(trace), previous_maps(trace)
         scores = np.zeros_like(maps)
-        for start in range(0, trace.num_tokens, CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, trace.num_tokens, self.COMPARED_AT_ONCE):
+            part = slice(start, start + self.COMPARED_AT_ONCE)
             nearest = self._nearest(maps[part, :seen], previous[part])
             scores[part, seen:] = self._share(self._experts[nearest, seen:], seen)
         return scores

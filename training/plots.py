@@ -12,6 +12,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from training.metrics import START
 
@@ -28,6 +29,8 @@ BASELINE_COLOURS = {
 }  # fmt: skip
 LEVEL_COLOURS = (GREEN, BLUE, RED, ORANGE, PURPLE, SKY)
 PIXELS_PER_INCH = 150
+# Where the token start stands on an axis of distances, which begin at 1.
+START_PLACE = -1.5
 
 
 def draw_all(document: Document, folder: Path) -> dict[str, str]:
@@ -58,8 +61,7 @@ def recall_by_distance(document: Document) -> Figure:
         panel.set(title=title, xlabel="layers ahead", ylim=(0, 1.02))
         _tidy(panel)
     panels[0].set_ylabel("share of routed experts predicted")
-    handles, labels = panels[0].get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
+    _legend_beside(figure, panels[0])
     return figure
 
 
@@ -76,9 +78,10 @@ def recall_by_layer(document: Document) -> Figure:
                 color=colour, marker="o", markersize=3.5, label=_ahead(distance),
             )  # fmt: skip
         panel.set(title=title, xlabel="target layer")
+        panel.xaxis.set_major_locator(MaxNLocator(integer=True))
         _tidy(panel)
     panels[0].set_ylabel("share of routed experts predicted")
-    panels[1].legend(frameon=False)
+    _legend_beside(figure, panels[0])
     return figure
 
 
@@ -114,12 +117,13 @@ def coverage(document: Document) -> Figure:
         left.axhline(float(level), color=colour, linewidth=1, linestyle="--")
         _draw_distances(left, by_distance, "covered", f"{float(level):.0%} set", colour)
         _draw_distances(right, by_distance, "mean_set_size", f"{float(level):.0%} set", colour)
-    left.set(title="all routed experts in the set", xlabel="layers ahead", ylabel="share of layers")
+    left.set(title="all routed experts in the set (dashed: promised)", xlabel="layers ahead")
+    left.set_ylabel("share of layers")
     experts = document["spec"]["num_experts"]
     right.set(title=f"size of the set, of {experts}", xlabel="layers ahead", ylabel="experts", ylim=(0, None))
     for panel in (left, right):
         _tidy(panel)
-    right.legend(frameon=False)
+    _legend_beside(figure, right)
     return figure
 
 
@@ -130,10 +134,16 @@ def _draw_distances(
     ahead = [d for d in scores if d != START]
     values = [scores[d][metric] for d in ahead]
     panel.plot([int(d) for d in ahead], values, color=colour, linewidth=width, label=label)
-    panel.plot([-1], [scores[START][metric]], color=colour, marker="D", markersize=3 + width)
+    panel.plot([START_PLACE], [scores[START][metric]], color=colour, marker="D", markersize=3 + width)
     last = max((int(d) for d in ahead), default=1)
     ticks = [1, *range(4, last + 1, 4)]
-    panel.set_xticks([-1, *ticks], ["token\nstart", *map(str, ticks)])
+    panel.set_xticks([START_PLACE, *ticks], ["token\nstart", *map(str, ticks)])
+
+
+def _legend_beside(figure: Figure, panel: Axes) -> None:
+    """What was drawn last comes first, as it mostly lies on top."""
+    handles, labels = panel.get_legend_handles_labels()
+    figure.legend(handles[::-1], labels[::-1], loc="outside right center", frameon=False)
 
 
 def _recall_titles(document: Document) -> tuple[tuple[str, str], tuple[str, str]]:
