@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 from specmoe_client import (
-    BadAnswerError,
+    AnswerInvalid,
+    AnswerLate,
     ClientError,
-    InvalidRequestError,
-    LateError,
-    NoPredictionError,
-    NotFoundError,
-    RefusedError,
+    NoPrediction,
+    NotFound,
+    RequestInvalid,
+    RequestRefused,
     Sequence,
-    UnavailableError,
-    UnreachableError,
+    ServiceUnavailable,
+    ServiceUnreachable,
 )
 
 from tests.contract.odd_server import (
@@ -69,7 +69,7 @@ def test_a_late_answer_is_no_prediction(connect: Any, behaviour: Behaviour) -> N
     with OddServer([behaviour]) as server:
         client = connect(server.url, timeout_ms=50)
         assert client.predict("toy", START) is None
-        assert isinstance(client.last_failure, LateError)
+        assert isinstance(client.last_failure, AnswerLate)
 
 
 def test_the_next_prediction_comes_after_a_late_one(connect: Any) -> None:
@@ -81,14 +81,14 @@ def test_the_next_prediction_comes_after_a_late_one(connect: Any) -> None:
 
 
 def test_the_deadline_of_one_call_overrides_that_of_the_client(connect: Any) -> None:
-    with OddServer([silent]) as server, pytest.raises(LateError, match="within 40 ms"):
+    with OddServer([silent]) as server, pytest.raises(AnswerLate, match="within 40 ms"):
         connect(server.url).predict("toy", START, timeout_ms=40, on_failure="raise")
 
 
 def test_a_dead_service_is_no_prediction(connect: Any) -> None:
     client = connect(f"http://127.0.0.1:{closed_port()}", retries=2)
     assert client.predict("toy", START) is None
-    assert isinstance(client.last_failure, UnreachableError)
+    assert isinstance(client.last_failure, ServiceUnreachable)
     assert not client.ready()
 
 
@@ -144,7 +144,7 @@ def test_a_broken_conversation_is_no_prediction_and_is_not_repeated(
     with OddServer([behaviour]) as server:
         client = connect(server.url, retries=3)
         assert client.predict("toy", START) is None
-        assert isinstance(client.last_failure, UnreachableError)
+        assert isinstance(client.last_failure, ServiceUnreachable)
         assert server.requests == 1
 
 
@@ -171,17 +171,17 @@ def test_a_service_that_fails_or_is_too_busy_is_not_asked_again(connect: Any, st
         client = connect(server.url, retries=3)
         assert client.predict("toy", START) is None
         failure = client.last_failure
-        assert isinstance(failure, UnavailableError)
+        assert isinstance(failure, ServiceUnavailable)
         assert (failure.status, failure.code, failure.request_id) == (status, "some_code", "r1")
         assert server.requests == 1
 
 
 @pytest.mark.parametrize(
     ("status", "kind"),
-    [(404, NotFoundError), (413, InvalidRequestError), (422, InvalidRequestError), (415, RefusedError)],
+    [(404, NotFound), (413, RequestInvalid), (422, RequestInvalid), (415, RequestRefused)],
 )
 def test_a_wrong_question_is_raised_with_the_words_of_the_service(
-    connect: Any, status: int, kind: type[RefusedError]
+    connect: Any, status: int, kind: type[RequestRefused]
 ) -> None:
     with OddServer([refusal(status, "some_code")]) as server:
         with pytest.raises(kind, match=r"^It is so\. Do this\.$") as caught:
@@ -198,7 +198,7 @@ def test_a_wrong_question_is_raised_with_the_words_of_the_service(
 
 def test_a_refusal_without_the_words_of_the_service_still_says_what_happened(connect: Any) -> None:
     with OddServer([answer(b"<html>nginx</html>", "404 Not Found")]) as server:
-        with pytest.raises(NotFoundError, match="answered with status 404") as caught:
+        with pytest.raises(NotFound, match="answered with status 404") as caught:
             connect(server.url).predict("toy", START)
         assert caught.value.code == "http_404"
 
@@ -241,12 +241,12 @@ def test_a_malformed_answer_is_no_prediction(connect: Any, behaviour: Behaviour)
     with OddServer([behaviour]) as server:
         client = connect(server.url)
         assert client.predict("toy", START) is None
-        assert isinstance(client.last_failure, BadAnswerError), client.last_failure
+        assert isinstance(client.last_failure, AnswerInvalid), client.last_failure
 
 
 @pytest.mark.parametrize("body", [b"{}", b'{"models": [{"model": "toy"}]}', b'{"models": 3}', b"[]"])
 def test_a_malformed_list_of_models_is_an_error(connect: Any, body: bytes) -> None:
-    with OddServer([answer(body)]) as server, pytest.raises(BadAnswerError, match="/v1/models"):
+    with OddServer([answer(body)]) as server, pytest.raises(AnswerInvalid, match="/v1/models"):
         connect(server.url).models()
 
 
@@ -254,7 +254,7 @@ def test_an_answer_that_grows_without_end_is_given_up(connect: Any, monkeypatch:
     monkeypatch.setattr("specmoe_client.exchange.MAX_ANSWER_BYTES", 100)
     with (
         OddServer([answer(b" " * 101)]) as server,
-        pytest.raises(BadAnswerError, match="larger than 100 bytes"),
+        pytest.raises(AnswerInvalid, match="larger than 100 bytes"),
     ):
         connect(server.url).predict("toy", START, on_failure="raise")
 
@@ -262,7 +262,7 @@ def test_an_answer_that_grows_without_end_is_given_up(connect: Any, monkeypatch:
 def test_failures_are_raised_when_asked_for(connect: Any) -> None:
     with (
         OddServer([hang_up]) as server,
-        pytest.raises(NoPredictionError, match="Check that the service runs"),
+        pytest.raises(NoPrediction, match="Check that the service runs"),
     ):
         connect(server.url).predict("toy", START, on_failure="raise")
 

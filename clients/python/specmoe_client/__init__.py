@@ -9,15 +9,15 @@ with Client(timeout_ms=5) as client:
 from specmoe_client.async_client import AsyncClient
 from specmoe_client.client import Client
 from specmoe_client.errors import (
-    BadAnswerError,
+    AnswerInvalid,
+    AnswerLate,
     ClientError,
-    InvalidRequestError,
-    LateError,
-    NoPredictionError,
-    NotFoundError,
-    RefusedError,
-    UnavailableError,
-    UnreachableError,
+    NoPrediction,
+    NotFound,
+    RequestInvalid,
+    RequestRefused,
+    ServiceUnavailable,
+    ServiceUnreachable,
 )
 from specmoe_client.predictions import (
     LayerRanking,
@@ -30,24 +30,24 @@ from specmoe_client.predictions import (
 from specmoe_client.questions import Options, Sequence, Token
 
 __all__ = [
+    "AnswerInvalid",
+    "AnswerLate",
     "AsyncClient",
-    "BadAnswerError",
     "Client",
     "ClientError",
-    "InvalidRequestError",
-    "LateError",
     "LayerRanking",
     "ModelInfo",
-    "NoPredictionError",
-    "NotFoundError",
+    "NoPrediction",
+    "NotFound",
     "Options",
     "Prediction",
-    "RefusedError",
+    "RequestInvalid",
+    "RequestRefused",
     "RoutingShape",
     "Sequence",
     "SequencePrediction",
+    "ServiceUnavailable",
+    "ServiceUnreachable",
     "Token",
-    "UnavailableError",
     "UnionPrediction",
-    "UnreachableError",
 ]

@@ -13,7 +13,7 @@ from typing import Any, Self, Unpack
 import httpx
 
 from specmoe_client.deadline import Attempts, Deadline
-from specmoe_client.errors import NoPredictionError
+from specmoe_client.errors import NoPrediction
 from specmoe_client.exchange import LIMITS, Address, Reply, transport_errors
 from specmoe_client.failures import Failures, OnFailure
 from specmoe_client.predictions import (
@@ -55,13 +55,15 @@ class Client:
         transport: httpx.BaseTransport | None = None,
     ) -> None:
         self._address = Address(base_url, headers)
-        self._transport = transport or httpx.HTTPTransport(uds=uds, limits=LIMITS)
+        self._transport = transport or httpx.HTTPTransport(
+            verify=self._address.verify, uds=uds, limits=LIMITS
+        )
         self._timeout_ms = Deadline(timeout_ms).timeout_ms
         self._retries = retries
         self._failures = Failures()
 
     @property
-    def last_failure(self) -> NoPredictionError | None:
+    def last_failure(self) -> NoPrediction | None:
         """Why the last question got no answer; None where it got one."""
         return self._failures.last
 
@@ -77,7 +79,7 @@ class Client:
         """The experts that each sequence's coming layers will probably need. `options`: see Options.
 
         None, with the reason in `last_failure`, where no answer came in time; with on_failure="raise" that is
-        a NoPredictionError. Raises RefusedError where the question itself is wrong.
+        a NoPrediction. Raises RequestRefused where the question itself is wrong.
         """
         deadline = Deadline(self._timeout_ms if timeout_ms is None else timeout_ms)
         with self._failures.watch(on_failure):
@@ -107,7 +109,7 @@ class Client:
         return None
 
     def models(self, *, timeout_ms: float = PATIENT_TIMEOUT_MS) -> tuple[ModelInfo, ...]:
-        """What the service serves. Raises NoPredictionError or RefusedError."""
+        """What the service serves. Raises NoPrediction or RequestRefused."""
         return read_models(self._ask("GET", "/v1/models", Deadline(timeout_ms)))
 
     def ready(self, *, timeout_ms: float = PATIENT_TIMEOUT_MS) -> bool:
@@ -135,7 +137,7 @@ class Client:
         while True:
             try:
                 return self._once(self._address.request(method, path, deadline, body), deadline)
-            except NoPredictionError as failure:
+            except NoPrediction as failure:
                 time.sleep(attempts.pause_after(failure))
 
     def _once(self, request: httpx.Request, deadline: Deadline) -> Any:

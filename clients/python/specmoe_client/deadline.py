@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from typing import Any
 
-from specmoe_client.errors import ClientError, LateError, NoPredictionError
+from specmoe_client.errors import AnswerLate, ClientError, NoPrediction
 
 # A socket with timeout 0 would not wait at all and fail in another way than by timing out.
 SHORTEST_WAIT_S = 1e-6
@@ -33,13 +33,13 @@ class Deadline:
         return self._end_s - time.perf_counter()
 
     def check(self) -> None:
-        """Raises LateError once the deadline passed."""
+        """Raises AnswerLate once the deadline passed."""
         if self.left_s <= 0:
             raise self.late()
 
-    def late(self) -> LateError:
+    def late(self) -> AnswerLate:
         """The error to raise when a wait was cut short."""
-        return LateError(
+        return AnswerLate(
             f"No complete answer within {self.timeout_ms:g} ms.",
             remedy="Give more time (timeout_ms), ask for less (layers, top_n), or see the service's load.",
         )
@@ -69,7 +69,7 @@ class Attempts:
         self._retries = retries
         self._pause_s = FIRST_PAUSE_S
 
-    def pause_after(self, failure: NoPredictionError) -> float:
+    def pause_after(self, failure: NoPrediction) -> float:
         """Seconds to wait before the next attempt, doubling. Raises `failure` if none is left."""
         if not failure.retryable or self._retries <= 0 or self._deadline.left_s <= self._pause_s:
             raise failure

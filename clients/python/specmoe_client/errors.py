@@ -1,14 +1,14 @@
 """What can go wrong between a decode loop and the service.
 
     ClientError
-    ├── NoPredictionError       no usable answer in time: decoding goes on without one
-    │   ├── LateError           the deadline passed first
-    │   ├── UnreachableError    no connection, or it broke before the answer was complete
-    │   ├── UnavailableError    the service is there but cannot answer now (408, 429, 5xx)
-    │   └── BadAnswerError      what came is not a specMoE answer
-    └── RefusedError            the request is wrong and will stay wrong: mend the program
-        ├── NotFoundError       no such model, version or alias (404)
-        └── InvalidRequestError wrong shapes, ids or options, or too large a body (413, 422)
+    ├── NoPrediction            no usable answer in time: decoding goes on without one
+    │   ├── AnswerLate          the deadline passed first
+    │   ├── ServiceUnreachable  no connection, or it broke before the answer was complete
+    │   ├── ServiceUnavailable  the service is there but cannot answer now (408, 429, 5xx)
+    │   └── AnswerInvalid       what came is not a specMoE answer
+    └── RequestRefused          the request is wrong and will stay wrong: mend the program
+        ├── NotFound            no such model, version or alias (404)
+        └── RequestInvalid      wrong shapes, ids or options, or too large a body (413, 422)
 
 `predict` returns None for the first branch unless it is told to raise; the second branch is always raised.
 """
@@ -25,7 +25,7 @@ class ClientError(Exception):
         self.remedy = remedy
 
 
-class NoPredictionError(ClientError):
+class NoPrediction(ClientError):
     """The service gave no usable answer in time. `reason`: one word, fit for a metric's label.
 
     `retryable`: asking again within a few milliseconds may help.
@@ -38,19 +38,19 @@ class NoPredictionError(ClientError):
         self.retryable = retryable
 
 
-class LateError(NoPredictionError):
+class AnswerLate(NoPrediction):
     """The total deadline passed before the answer was complete."""
 
     reason = "late"
 
 
-class UnreachableError(NoPredictionError):
+class ServiceUnreachable(NoPrediction):
     """No connection could be made, or it broke, or spoke no HTTP, before the answer was complete."""
 
     reason = "unreachable"
 
 
-class UnavailableError(NoPredictionError):
+class ServiceUnavailable(NoPrediction):
     """The service cannot predict now: still warming up, too busy, or failing inside.
 
     `status` of HTTP; `code`: the service's own word; `request_id`: where to look in its log.
@@ -66,13 +66,13 @@ class UnavailableError(NoPredictionError):
         self.request_id = request_id
 
 
-class BadAnswerError(NoPredictionError):
+class AnswerInvalid(NoPrediction):
     """The answer is not what a specMoE service of this version sends."""
 
-    reason = "bad-answer"
+    reason = "invalid"
 
 
-class RefusedError(ClientError):
+class RequestRefused(ClientError):
     """The service refused the request for what it asks.
 
     `status` of HTTP; `code`: the service's own word; `request_id`: where to look in its log.
@@ -85,9 +85,9 @@ class RefusedError(ClientError):
         self.request_id = request_id
 
 
-class NotFoundError(RefusedError):
+class NotFound(RequestRefused):
     """The service has no such model, version or alias."""
 
 
-class InvalidRequestError(RefusedError):
+class RequestInvalid(RequestRefused):
     """The request's shapes, ids or options are wrong, or its body is too large."""

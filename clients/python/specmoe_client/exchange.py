@@ -14,22 +14,22 @@ import httpx
 
 from specmoe_client.deadline import Deadline, TimeLeft
 from specmoe_client.errors import (
-    BadAnswerError,
+    AnswerInvalid,
     ClientError,
-    InvalidRequestError,
-    NotFoundError,
-    RefusedError,
-    UnavailableError,
-    UnreachableError,
+    NotFound,
+    RequestInvalid,
+    RequestRefused,
+    ServiceUnavailable,
+    ServiceUnreachable,
 )
 
 # Far above any real answer: 32 sequences x 100 layers x 512 experts are about 30 MB.
 MAX_ANSWER_BYTES = 64 << 20
 NOT_NOW = frozenset({408, 429})
-REFUSALS: dict[int, type[RefusedError]] = {
-    404: NotFoundError,
-    413: InvalidRequestError,
-    422: InvalidRequestError,
+REFUSALS: dict[int, type[RequestRefused]] = {
+    404: NotFound,
+    413: RequestInvalid,
+    422: RequestInvalid,
 }
 # An idle connection is dropped after this; the transport also notices when the service closed it before.
 LIMITS = httpx.Limits(max_connections=100, keepalive_expiry=60.0)
@@ -45,6 +45,8 @@ class Address:
             raise _no_url(base_url) from error
         if self._base.scheme not in ("http", "https") or not self._base.host:
             raise _no_url(base_url)
+        # Reading the certificates takes longer than many predictions: only where there are some to check.
+        self.verify = self._base.scheme == "https"
         self._headers = httpx.Headers({"Accept": "application/json", "User-Agent": "specmoe-client"})
         self._headers.update(headers)
 
@@ -69,27 +71,27 @@ class Reply:
         self._bytes = 0
 
     def add(self, piece: bytes) -> None:
-        """Raises LateError, or BadAnswerError where the body grows without end."""
+        """Raises AnswerLate, or AnswerInvalid where the body grows without end."""
         self._deadline.check()
         self._pieces.append(piece)
         self._bytes += len(piece)
         if self._bytes > MAX_ANSWER_BYTES:
-            raise BadAnswerError(
+            raise AnswerInvalid(
                 f"The answer is larger than {MAX_ANSWER_BYTES} bytes.",
                 remedy="Ask for fewer sequences or experts, and check that base_url leads to specMoE.",
             )
 
     def document(self) -> Any:
-        """The JSON of a 200. Raises RefusedError, UnavailableError or BadAnswerError for anything else."""
+        """The JSON of a 200. Raises RequestRefused, ServiceUnavailable or AnswerInvalid for anything else."""
         document = self._json()
         if self._status == 200:
             return document
         details = _details(document, self._status)
         if self._status in NOT_NOW or self._status >= 500:
-            raise UnavailableError(**details)
+            raise ServiceUnavailable(**details)
         if 400 <= self._status < 500:
-            raise REFUSALS.get(self._status, RefusedError)(**details)
-        raise BadAnswerError(
+            raise REFUSALS.get(self._status, RequestRefused)(**details)
+        raise AnswerInvalid(
             f"The service answered with status {self._status}, expected 200.",
             remedy="Check that base_url leads to specMoE itself, not to a page that redirects.",
         )
@@ -100,7 +102,7 @@ class Reply:
         except (ValueError, RecursionError) as error:
             if self._status != 200:
                 return None
-            raise BadAnswerError(
+            raise AnswerInvalid(
                 f"The answer is not JSON ({type(error).__name__}).",
                 remedy="Check that base_url leads to specMoE itself.",
             ) from error
@@ -135,7 +137,7 @@ def transport_errors(deadline: Deadline) -> collections.abc.Iterator[None]:
     except (httpx.TimeoutException, TimeoutError) as error:
         raise deadline.late() from error
     except httpx.TransportError as error:
-        raise UnreachableError(
+        raise ServiceUnreachable(
             f"The connection failed ({type(error).__name__}: {error}).",
             remedy="Check that the service runs (/livez) and that base_url or uds leads to it.",
             retryable=isinstance(error, httpx.ConnectError),

@@ -8,7 +8,7 @@ import logging
 import time
 from typing import Literal
 
-from specmoe_client.errors import NoPredictionError
+from specmoe_client.errors import NoPrediction
 
 logger = logging.getLogger("specmoe_client")
 
@@ -21,15 +21,15 @@ class Failures:
     """The last failure of a client. Messages tell of the service and the connection, never of routing."""
 
     def __init__(self) -> None:
-        self.last: NoPredictionError | None = None
+        self.last: NoPrediction | None = None
         self._silent_until_s: dict[str, float] = {}
 
     @contextlib.contextmanager
     def watch(self, on_failure: OnFailure) -> collections.abc.Iterator[None]:
-        """Around one question: with "none" a NoPredictionError ends here, with "raise" it goes on."""
+        """Around one question: with "none" a NoPrediction ends here, with "raise" it goes on."""
         try:
             yield
-        except NoPredictionError as failure:
+        except NoPrediction as failure:
             self.last = failure
             self._log(failure)
             if on_failure == "raise":
@@ -39,7 +39,7 @@ class Failures:
         else:
             self.last = None
 
-    def _log(self, failure: NoPredictionError) -> None:
+    def _log(self, failure: NoPrediction) -> None:
         now_s = time.monotonic()
         if now_s < self._silent_until_s.get(failure.reason, 0.0):
             return

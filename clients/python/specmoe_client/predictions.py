@@ -1,4 +1,4 @@
-"""What the service answers, as arrays: parsed and checked, or refused as BadAnswerError.
+"""What the service answers, as arrays: parsed and checked, or refused as AnswerInvalid.
 
 Read by `client.py` and `async_client.py` from the JSON of /v1/predict and /v1/models.
 """
@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from specmoe_client.errors import BadAnswerError
+from specmoe_client.errors import AnswerInvalid
 
 NO_EXPERT = -1
 
@@ -92,7 +92,7 @@ class ModelInfo:
 
 
 def read_prediction(document: Any, asked: int) -> Prediction:
-    """The answer to a question about `asked` sequences. Raises BadAnswerError where it is anything else."""
+    """The answer to a question about `asked` sequences. Raises AnswerInvalid where it is anything else."""
     try:
         sequences = tuple(_sequence(rows) for rows in document["predictions"])
         if len(sequences) != asked:
@@ -103,7 +103,7 @@ def read_prediction(document: Any, asked: int) -> Prediction:
 
 
 def read_union(document: Any) -> UnionPrediction:
-    """The answer to a question for the union. Raises BadAnswerError where it is anything else."""
+    """The answer to a question for the union. Raises AnswerInvalid where it is anything else."""
     try:
         union = LayerRanking(**_ranking(document["union"]))
         return UnionPrediction(_text(document["model"]), _number(document["version"]), union)
@@ -112,15 +112,15 @@ def read_union(document: Any) -> UnionPrediction:
 
 
 def read_models(document: Any) -> tuple[ModelInfo, ...]:
-    """The answer of /v1/models. Raises BadAnswerError where it is anything else."""
+    """The answer of /v1/models. Raises AnswerInvalid where it is anything else."""
     try:
         return tuple(_model(entry) for entry in document["models"])
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _bad("/v1/models", error) from error
 
 
-def _bad(path: str, error: Exception) -> BadAnswerError:
-    return BadAnswerError(
+def _bad(path: str, error: Exception) -> AnswerInvalid:
+    return AnswerInvalid(
         f"The answer of {path} is not one of a specMoE service ({type(error).__name__}: {error}).",
         remedy="Check that base_url leads to specMoE itself and that its version fits this client's.",
     )

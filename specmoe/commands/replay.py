@@ -1,0 +1,173 @@
+"""Play a trace through a running service, as a model server would: ask, prefetch, route, layer by layer.
+
+    specmoe replay test.npz --model gpt-oss-20b
+    specmoe replay test.npz --model gpt-oss-20b@2 --uds /run/specmoe.sock --cache-share 0.125 --every 1
+
+Prints recall by distance, the hit rate of a simulated expert cache without and with forecasts, and the
+latency that a client sees. The service keeps nothing between requests, so each question carries the last
+finished tokens again (--context-tokens): more of them are better forecasts and longer requests. One sequence
+is played at a time. Ctrl-C ends it and prints what there is.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from specmoe.errors import ReplayError
+from specmoe.replay import Replay
+from traces.files import load
+from traces.spec import RoutingSpec
+from traces.trace import RoutingTrace
+
+SHOWN_DISTANCES = ("start", "1", "2", "4", "8", "16", "32")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("trace", type=Path, metavar="FILE", help="a trace file or a folder of them")
+    add("--model", required=True, metavar="NAME[@VERSION]", help="VERSION: a number or an alias")
+    add("--url", default="http://127.0.0.1:8080", help="where the service listens (%(default)s)")
+    add("--uds", metavar="PATH", help="its Unix socket, instead of TCP")
+    add("--cache-share", type=float, default=0.25, help="share of all experts that is resident (%(default)s)")
+    add("--top-n", type=_positive, metavar="N", help="experts of a layer to prefetch (the model's top-k)")
+    add(
+        "--every",
+        type=_natural,
+        default=4,
+        metavar="N",
+        help="ask at token start and after every N layers; 0: only at token start (%(default)s)",
+    )
+    add(
+        "--context-tokens",
+        type=_natural,
+        default=8,
+        metavar="N",
+        help="finished tokens sent with each question (%(default)s)",
+    )
+    add("--limit", type=_positive, metavar="N", help="play the first N tokens only")
+    add(
+        "--timeout-ms",
+        type=_positive,
+        default=100,
+        help="what comes later counts as unanswered (%(default)s)",
+    )
+    add("--json", type=Path, metavar="OUT", help="write the numbers there")
+
+
+def run(args: argparse.Namespace) -> int:
+    _require_client()
+    from specmoe_client import ClientError
+
+    trace = load(args.trace)
+    try:
+        report = _replay(args, trace)
+    except ClientError as error:
+        raise ReplayError(error.message, remedy=error.remedy) from error
+    print("\n".join(_text(report, trace.spec)))
+    if args.json:
+        args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    return 0 if report["complete"] else 130
+
+
+def _require_client() -> None:
+    if importlib.util.find_spec("specmoe_client") is None:
+        raise ReplayError(
+            "replay asks through the Python client, which is not installed.",
+            remedy="Install it from the repository: pip install ./clients/python",
+        )
+
+
+def _replay(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
+    from specmoe_client import Client
+
+    from specmoe.replayed_service import ReplayedService, check_fit
+
+    model, _, version = args.model.partition("@")
+    prefetch = args.top_n or trace.spec.top_k
+    with Client(args.url, uds=args.uds, timeout_ms=args.timeout_ms) as client:
+        check_fit(client.models(), model, trace.spec)
+        service = ReplayedService(
+            client,
+            trace,
+            model=model,
+            version=int(version) if version.isdecimal() else version or None,
+            context_tokens=args.context_tokens,
+            top_n=max(prefetch, 2 * trace.spec.top_k),
+        )
+        replay = Replay(trace, service.ask, every=args.every, prefetch=prefetch, cache_share=args.cache_share)
+        complete = _play(replay, args.limit)
+    return {"model": model, **service.report(), **replay.report(), "complete": complete}
+
+
+def _play(replay: Replay, limit: int | None) -> bool:
+    """Every token up to the limit, with a progress bar; False where Ctrl-C ended it."""
+    from tqdm import tqdm
+
+    trace = replay.trace
+    count = min(limit or trace.num_tokens, trace.num_tokens)
+    first = np.repeat(trace.starts[:-1], np.diff(trace.starts))  # [N], first token of each token's sequence
+    try:
+        for token in tqdm(range(count), desc="replay", unit="token"):
+            replay.play(token, int(first[token]))
+    except KeyboardInterrupt:
+        return False
+    return True
+
+
+def _text(report: dict[str, Any], spec: RoutingSpec) -> list[str]:
+    versions = ", ".join(map(str, report["versions"])) or "none"
+    unanswered = sum(report["unanswered"].values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in report["unanswered"].items())
+    end = "" if report["complete"] else ", interrupted"
+    return [
+        f"{report['model']} (version {versions}), {report['tokens']} tokens{end},"
+        f" asked {len(report['questions_after_layers'])} times each,"
+        f" with up to {report['context_tokens']} finished tokens of context",
+        *_recall_lines(report["recall"], spec.top_k),
+        *_cache_lines(report["cache"]),
+        "",
+        "latency, ms    " + "   ".join(f"{name} {value:.2f}" for name, value in report["latency_ms"].items()),
+        f"unanswered     {unanswered} of {unanswered + report['answered']}"
+        + (f" ({reasons})" if reasons else ""),
+    ]
+
+
+def _recall_lines(recall: dict[str, dict[str, float]], top_k: int) -> list[str]:
+    shown = [(name, recall[name]) for name in SHOWN_DISTANCES if name in recall]
+    return [
+        "",
+        f"{'distance':<14} {f'recall@{top_k}':>10} {f'recall@{2 * top_k}':>10}",
+        *(f"{name:<14} {row['recall_at_k']:>10.3f} {row['recall_at_2k']:>10.3f}" for name, row in shown),
+    ]
+
+
+def _cache_lines(cache: dict[str, Any]) -> list[str]:
+    title = f"{cache['experts_resident']} of {cache['experts']} experts resident"
+    rows = [("LRU", cache["lru"]), ("LRU and forecasts", cache["lru_and_forecast"])]
+    return [
+        "",
+        f"{title:<32} {'hit rate':>9} {'on demand':>10} {'ahead':>8} {'used':>8} {'wasted':>8}",
+        *(
+            f"{name:<32} {row['hit_rate']:>9.3f} {row['fetched_on_demand']:>10} {row['fetched_ahead']:>8}"
+            f" {row['fetched_ahead_used']:>8} {row['fetched_ahead_wasted']:>8}"
+            for name, row in rows
+        ),
+    ]
+
+
+def _natural(text: str) -> int:
+    if (number := int(text)) < 0:
+        raise ValueError(text)
+    return number
+
+
+def _positive(text: str) -> int:
+    if (number := int(text)) < 1:
+        raise ValueError(text)
+    return number
