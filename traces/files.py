@@ -29,10 +29,10 @@ def _read_route_csv(path: Path) -> RoutingTrace:
 
 
 # pyarrow is only imported where it reads: .npz needs numpy alone.
-PARQUET = ".parquet"
+NPZ, CSV, PARQUET = ".npz", ".csv", ".parquet"
 READERS: dict[str, Callable[[Path], RoutingTrace]] = {
-    ".npz": npz.read,
-    ".csv": _read_route_csv,
+    NPZ: npz.read,
+    CSV: _read_route_csv,
     PARQUET: _read_parquet,
 }
 
