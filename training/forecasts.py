@@ -126,13 +126,15 @@ def _gathered(
 ) -> Iterator[tuple[Int[np.ndarray, "N"], State]]:
     """Every `every`-th token and its state, many positions put together."""
     held: list[tuple[Int[np.ndarray, "B"], State]] = []
+    tokens = 0
     for rows, state in states:
         kept = rows % every == 0
         held.append((rows[kept], tuple(tensor[kept] for tensor in state)))
-        if sum(len(rows) for rows, _ in held) >= ROWS_AT_ONCE:
+        tokens += len(held[-1][0])
+        if tokens >= ROWS_AT_ONCE:
             yield _joined(held)
-            held = []
-    if any(len(rows) for rows, _ in held):
+            held, tokens = [], 0
+    if tokens:
         yield _joined(held)
 
 
