@@ -81,8 +81,10 @@ class Sequence:
                 f"All {layer} layers of this token were observed.",
                 remedy="Begin the next one with start_token().",
             )
-        self._experts[0, layer] = self._routed(experts)
-        self._gates[0, layer] = 1.0 if gates is None else self._weights(gates)
+        # Both are checked before either is kept: a refused layer leaves no half of itself behind.
+        routed, weights = self._routed(experts), 1.0 if gates is None else self._weights(gates)
+        self._experts[0, layer] = routed
+        self._gates[0, layer] = weights
         self._seen += 1
         return layer
 

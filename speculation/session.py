@@ -8,6 +8,7 @@ lists CUDA wherever its GPU build is installed, with or without a GPU.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -68,6 +69,8 @@ def open_session(graph: bytes, origin: str, provider: Provider, threads: int) ->
     # A waiting thread that spins would take the core from the server beside it.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
+    # A graph may name weights in other files, which no checksum covers: no file lies in the null device.
+    options.add_session_config_entry("session.model_external_initializers_file_folder_path", os.devnull)
     names = list(dict.fromkeys([NAME_OF_PROVIDER[provider], NAME_OF_PROVIDER["cpu"]]))
     try:
         return onnxruntime.InferenceSession(graph, options, providers=names)
