@@ -49,16 +49,23 @@ class Address:
         self.verify = self._base.scheme == "https"
         self._headers = httpx.Headers({"Accept": "application/json", "User-Agent": "specmoe-client"})
         self._headers.update(headers)
+        self._headers_with_body = httpx.Headers(self._headers)
+        self._headers_with_body["Content-Type"] = "application/json"
+        self._urls: dict[str, httpx.URL] = {}
 
     def request(self, method: str, path: str, deadline: Deadline, body: bytes | None = None) -> httpx.Request:
         """A request whose waits, in the transport, end with the deadline."""
-        url = self._base.copy_with(raw_path=self._base.raw_path.rstrip(b"/") + path.encode())
-        request = httpx.Request(
-            method, url, headers=self._headers, content=body, extensions={"timeout": TimeLeft(deadline)}
+        if path not in self._urls:
+            # Parsing an address takes longer than writing the question.
+            raw_path = self._base.raw_path.rstrip(b"/") + path.encode()
+            self._urls[path] = self._base.copy_with(raw_path=raw_path)
+        return httpx.Request(
+            method,
+            self._urls[path],
+            headers=self._headers if body is None else self._headers_with_body,
+            content=body,
+            extensions={"timeout": TimeLeft(deadline)},
         )
-        if body is not None:
-            request.headers["Content-Type"] = "application/json"
-        return request
 
 
 class Reply:
