@@ -138,6 +138,15 @@ def test_help_of_the_command_imports_no_heavy_package() -> None:
     assert not set(HEAVY) & set(fresh(code))
 
 
+def test_an_import_hidden_in_a_function_would_be_seen(tmp_path: Path) -> None:
+    source = tmp_path / "sly.py"
+    source.write_text(
+        "def f():\n    from training.loop import fit\n    import service.app as a\n    from . import x\n"
+    )
+    assert list(imported(source, "traces")) == ["training.loop.fit", "service.app", "traces.x"]
+    assert not within("traces.trace.RoutingTrace", LEAVES)
+
+
 def test_a_forbidden_import_would_be_seen() -> None:
     assert "fastapi" in fresh("import fastapi")
     with pytest.raises(AssertionError, match="torch"):
