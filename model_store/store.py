@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Protocol
 
 from model_store.documents import VERSION_NAME, check_alias
-from model_store.errors import StoreError, VersionNotFound
+from model_store.errors import StoreError, StoreUnavailable, VersionNotFound
 from model_store.manifest import Draft, Manifest
 
 BUNDLED = Path(__file__).parent / "bundled"
@@ -76,8 +76,13 @@ def open_store(location: str | Path | None = None) -> Store:
     Opening touches nothing: a store that is not there says so when it is read, and is made by publishing.
     """
     if isinstance(location, str) and location.startswith("s3://"):
-        from model_store.s3 import S3Store
-
+        try:
+            from model_store.s3 import S3Store
+        except ModuleNotFoundError as error:
+            raise StoreUnavailable(
+                f"{location} is on S3, which needs {error.name}.",
+                remedy="Install it: pip install 'specmoe[s3]'",
+            ) from error
         return S3Store.open(location)
     from model_store.folder import FolderStore
 

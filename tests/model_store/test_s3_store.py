@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 
 from model_store.errors import ChecksumMismatch, FileRefused, PublishConflict, StoreUnavailable
@@ -108,6 +110,13 @@ def test_a_server_that_is_not_there_says_so(bucket, monkeypatch):
 def test_a_location_that_is_none_is_refused(location):
     with pytest.raises(StoreUnavailable, match="no location on S3"):
         open_store(location)
+
+
+def test_without_boto3_the_extra_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "boto3", None)
+    monkeypatch.delitem(sys.modules, "model_store.s3")
+    with pytest.raises(StoreUnavailable, match=r"needs boto3.*specmoe\[s3\]"):
+        open_store(f"s3://{BUCKET}")
 
 
 def _seen_nothing_once(keys):
