@@ -12,11 +12,10 @@ from typing import Any
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Int64
 
-from model_store.manifest import Manifest
 from service.batch import Batch
 from service.errors import RequestInvalid
+from service.loading import Running
 from service.schemas import PredictRequest
-from speculation.coverage import coverage_size
 from speculation.demand import union_demand
 from speculation.ranking import expected_recall, rank
 from traces.spec import RoutingSpec
@@ -31,20 +30,21 @@ Sizes = Int64[np.ndarray, "B L"]
 Probabilities = Float32[np.ndarray, "B L E"]
 
 
-def list_sizes(request: PredictRequest, manifest: Manifest, batch: Batch, wanted: Wanted) -> Sizes:
+def list_sizes(request: PredictRequest, running: Running, batch: Batch, wanted: Wanted) -> Sizes:
     """How many experts each sequence's layer gets; 0 where it is not wanted.
 
-    Raises RequestInvalid where top_n exceeds the experts, CoverageUnknown for a level above the table's.
+    Raises RequestInvalid where top_n exceeds the experts or comes with coverage, CoverageUnknown for a level
+    above the table's.
     """
-    spec = manifest.spec
+    spec = running.speculator.spec
+    if request.top_n is not None and request.coverage is not None:
+        raise RequestInvalid(
+            "top_n and coverage came together, expected one of them.",
+            remedy="top_n asks for a number of experts a layer, coverage for as many as it takes.",
+        )
     if request.coverage is None:
         return np.where(wanted, _top_n(request, spec), 0)
-    sizes = np.zeros(wanted.shape, np.int64)
-    for seen in np.unique(batch.seen):
-        rows = batch.seen == seen
-        for layer in np.flatnonzero(wanted[rows].any(axis=0)):
-            sizes[rows, layer] = coverage_size(manifest.coverage, request.coverage, int(layer), int(seen))
-    return np.where(wanted, sizes, 0)
+    return np.where(wanted, running.coverage_sizes(request.coverage)[batch.seen], 0)
 
 
 def per_sequence(
@@ -53,8 +53,8 @@ def per_sequence(
     """For each sequence, its wanted layers in order, as `service.schemas.LayerPrediction`."""
     longest = max(1, int(sizes.max()))
     experts, ranked = rank(probabilities, longest)
-    kept = np.where(np.arange(longest) < sizes[..., None], ranked, np.float32(0))
-    recall = _plain(expected_recall(kept, spec.top_k))
+    listed = ranked if sizes.min() == longest else _only_first(ranked, sizes)
+    recall = _plain(expected_recall(listed, spec.top_k))
     expert_lists, probability_lists = experts.tolist(), _plain(ranked)
     return [
         [
@@ -105,6 +105,11 @@ def _top_n(request: PredictRequest, spec: RoutingSpec) -> int:
             remedy=f"Ask for 1 to {spec.num_experts}.",
         )
     return request.top_n
+
+
+def _only_first(ranked: Float32[np.ndarray, "B L n"], sizes: Sizes) -> Float32[np.ndarray, "B L n"]:
+    """The probabilities of what is listed; 0 behind it."""
+    return np.where(np.arange(ranked.shape[-1]) < sizes[..., None], ranked, np.float32(0))
 
 
 def _in_some_set(probabilities: Probabilities, sizes: Sizes) -> Bool[np.ndarray, "L E"]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -58,22 +58,42 @@ def check_size(request: PredictRequest, *, max_sequences: int, max_context_token
 
 
 def to_batch(request: PredictRequest, spec: RoutingSpec) -> Batch:
-    """The request's sequences as arrays. Raises RequestInvalid naming what does not fit the model."""
+    """The request's sequences as arrays. Raises RequestInvalid naming what does not fit the model.
+
+    That ids are in range and gates add up is left to the Speculator, which checks it anyway: see `misfit`.
+    """
     sequences = request.sequences
     tokens = [token for sequence in sequences for token in (*sequence.context, sequence)]
     for row, token in enumerate(tokens):
         _check_shape(token, spec, request, row)
-    context_tokens = np.array([len(sequence.context) for sequence in sequences], np.int64)
-    batch = Batch(
+    lengths = [len(sequence.context) for sequence in sequences]
+    return Batch(
         token_ids=np.array([-1 if token.token_id is None else token.token_id for token in tokens], np.int64),
         experts=_experts(tokens, spec),
         gates=_gates(tokens, spec),
-        current=np.cumsum(context_tokens + 1) - 1,
-        context_tokens=context_tokens,
+        current=np.array([end - 1 for end in accumulate(length + 1 for length in lengths)], np.int64),
+        context_tokens=np.array(lengths, np.int64),
         seen=np.array([len(sequence.experts) for sequence in sequences], np.int64),
     )
-    _check_values(batch, spec, request)
-    return batch
+
+
+def misfit(batch: Batch, request: PredictRequest, spec: RoutingSpec) -> RequestInvalid | None:
+    """Where in the request an id is out of range or gates do not add up, for a batch that was refused."""
+    out_of_range = batch.experts >= spec.num_experts
+    if out_of_range.any():
+        row, layer, slot = np.argwhere(out_of_range)[0]
+        return RequestInvalid(
+            f"{_path(request, row)}.experts[{layer}][{slot}] is {batch.experts[row, layer, slot]}, "
+            f"expected 0 to {spec.num_experts - 1}.",
+            remedy=f"Use the model's logical expert ids. {SPEC_REMEDY}",
+        )
+    if batch.gates is not None and (nothing := batch.gates.sum(axis=-1) <= 0).any():
+        row, layer = np.argwhere(nothing)[0]
+        return RequestInvalid(
+            f"{_path(request, row)}.gates[{layer}] adds up to 0, expected more.",
+            remedy="Send the router's weights as they are, or null where they are unknown.",
+        )
+    return None
 
 
 def wanted_layers(request: PredictRequest, spec: RoutingSpec, batch: Batch) -> Bool[np.ndarray, "B L"]:
@@ -107,10 +127,9 @@ def _gates(tokens: list[Token], spec: RoutingSpec) -> Float32[np.ndarray, "N L K
     if all(token.gates is None for token in tokens):
         return None
     gates = np.ones((len(tokens), spec.num_layers, spec.top_k), np.float32)
-    with np.errstate(over="ignore"):  # what float32 cannot hold becomes inf, which is refused
-        for row, token in enumerate(tokens):
-            if token.gates:
-                _fill(gates[row], token.gates)
+    for row, token in enumerate(tokens):
+        if token.gates:
+            _fill(gates[row], token.gates)
     return gates
 
 
@@ -122,20 +141,32 @@ def _fill(target: np.ndarray[Any, Any], rows: Rows) -> None:
 
 def _check_shape(token: Token, spec: RoutingSpec, request: PredictRequest, row: int) -> None:
     """Raises RequestInvalid where a layer has not top_k slots, or the token too many or few layers."""
-    layers = len(token.experts)
+    layers, top_k = len(token.experts), spec.top_k
     fits = layers < spec.num_layers if isinstance(token, Sequence) else layers == spec.num_layers
     if not fits:
         raise _wrong_depth(token, spec, request, row)
-    if layers and set(map(len, token.experts)) != {spec.top_k}:
-        raise _wrong_slots("experts", token.experts, spec, request, row)
+    for layer, experts in enumerate(token.experts):
+        if len(set(experts)) != top_k or len(experts) != top_k:
+            raise _wrong_experts(experts, layer, spec, request, row)
     if token.gates is not None:
-        if len(token.gates) != layers:
+        _check_gates_shape(token.gates, layers, spec, request, row)
+
+
+def _check_gates_shape(
+    gates: list[list[float]], layers: int, spec: RoutingSpec, request: PredictRequest, row: int
+) -> None:
+    if len(gates) != layers:
+        raise RequestInvalid(
+            f"{_path(request, row)}.gates has {len(gates)} layers, its experts have {layers}.",
+            remedy="Give the gates of every layer in `experts`, or null where they are unknown.",
+        )
+    for layer, slots in enumerate(gates):
+        if len(slots) != spec.top_k:
             raise RequestInvalid(
-                f"{_path(request, row)}.gates has {len(token.gates)} layers, its experts have {layers}.",
-                remedy="Give the gates of every layer in `experts`, or null where they are unknown.",
+                f"{_path(request, row)}.gates[{layer}] has {len(slots)} entries, "
+                f"expected top_k = {spec.top_k}.",
+                remedy=SPEC_REMEDY,
             )
-        if layers and set(map(len, token.gates)) != {spec.top_k}:
-            raise _wrong_slots("gates", token.gates, spec, request, row)
 
 
 def _wrong_depth(token: Token, spec: RoutingSpec, request: PredictRequest, row: int) -> RequestInvalid:
@@ -152,54 +183,17 @@ def _wrong_depth(token: Token, spec: RoutingSpec, request: PredictRequest, row: 
     )
 
 
-def _wrong_slots(
-    field: str,
-    rows: Rows,
-    spec: RoutingSpec,
-    request: PredictRequest,
-    row: int,
+def _wrong_experts(
+    experts: list[int], layer: int, spec: RoutingSpec, request: PredictRequest, row: int
 ) -> RequestInvalid:
-    slots = [len(row_slots) for row_slots in rows]
-    layer = next(layer for layer, count in enumerate(slots) if count != spec.top_k)
+    field = f"{_path(request, row)}.experts[{layer}]"
+    if len(experts) != spec.top_k:
+        return RequestInvalid(
+            f"{field} has {len(experts)} entries, expected top_k = {spec.top_k}.", remedy=SPEC_REMEDY
+        )
     return RequestInvalid(
-        f"{_path(request, row)}.{field}[{layer}] has {slots[layer]} entries, expected top_k = {spec.top_k}.",
-        remedy=SPEC_REMEDY,
+        f"{field} is {experts}: not all different.", remedy="A token is routed to top_k different experts."
     )
-
-
-def _check_values(batch: Batch, spec: RoutingSpec, request: PredictRequest) -> None:
-    """Raises RequestInvalid for an id out of range, an expert twice in a layer, or gates without a sum."""
-    experts = batch.experts
-    if experts.max() >= spec.num_experts:
-        row, layer, slot = np.argwhere(experts >= spec.num_experts)[0]
-        raise RequestInvalid(
-            f"{_path(request, row)}.experts[{layer}][{slot}] is {experts[row, layer, slot]}, "
-            f"expected 0 to {spec.num_experts - 1}.",
-            remedy=f"Use the model's logical expert ids. {SPEC_REMEDY}",
-        )
-    in_order = np.sort(experts, axis=-1)
-    twice = ((in_order[..., 1:] == in_order[..., :-1]) & (in_order[..., 1:] >= 0)).any(axis=-1)
-    if twice.any():
-        row, layer = np.argwhere(twice)[0]
-        raise RequestInvalid(
-            f"{_path(request, row)}.experts[{layer}] is {experts[row, layer].tolist()}: not all different.",
-            remedy="A token is routed to top_k different experts.",
-        )
-    if batch.gates is not None:
-        _check_gate_sums(batch.gates, request)
-
-
-def _check_gate_sums(gates: Float32[np.ndarray, "N L K"], request: PredictRequest) -> None:
-    with np.errstate(over="ignore"):
-        sums = gates.sum(axis=-1)
-    wrong = ~((sums > 0) & (sums < np.inf))
-    if wrong.any():
-        row, layer = np.argwhere(wrong)[0]
-        raise RequestInvalid(
-            f"{_path(request, row)}.gates[{layer}] adds up to {sums[row, layer]}, expected more than 0 and a "
-            "number that float32 can hold.",
-            remedy="Send the router's weights as they are, or null where they are unknown.",
-        )
 
 
 def _path(request: PredictRequest, row: int) -> str:

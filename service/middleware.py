@@ -31,9 +31,13 @@ DISCONNECTED = "client_disconnected"
 
 @dataclass(slots=True)
 class Exchange:
-    """What is noted of one request while it is worked on. `endpoint`: the path as the routes have it."""
+    """What is noted of one request while it is worked on.
+
+    headers: by lower-case name, of several the last. endpoint: the path as the routes have it.
+    """
 
     request_id: str
+    headers: dict[bytes, bytes]
     endpoint: str = ""
     outcome: str = OK
     status: int = 0
@@ -44,11 +48,6 @@ def exchange_of(scope: Scope) -> Exchange:
     """The notes that RequestScope took along."""
     exchange: Exchange = scope["specmoe.exchange"]
     return exchange
-
-
-def header(scope: Scope, name: bytes) -> bytes | None:
-    """The first header of that lower-case name."""
-    return next((value for key, value in scope["headers"] if key == name), None)
 
 
 class RequestScope:
@@ -64,7 +63,8 @@ class RequestScope:
             await self._app(scope, receive, send)
             return
         began = time.perf_counter()
-        exchange = scope["specmoe.exchange"] = Exchange(_request_id(scope))
+        headers = dict(scope["headers"])
+        exchange = scope["specmoe.exchange"] = Exchange(_request_id(headers), headers)
         tagged = _tagging(exchange, send)
         try:
             await self._app(scope, receive, tagged)
@@ -108,7 +108,7 @@ class BodyLimit:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http":
-            declared = header(scope, b"content-length")
+            declared = exchange_of(scope).headers.get(b"content-length")
             if declared is not None:
                 self._check(_bytes_declared(declared))
             receive = self._counting(receive)
@@ -187,8 +187,8 @@ def _tagging(exchange: Exchange, send: Send) -> Send:
     return tagged
 
 
-def _request_id(scope: Scope) -> str:
-    sent = header(scope, b"x-request-id")
+def _request_id(headers: dict[bytes, bytes]) -> str:
+    sent = headers.get(b"x-request-id")
     return sent.decode() if sent and SANE_REQUEST_ID.fullmatch(sent) else os.urandom(8).hex()
 
 

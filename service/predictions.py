@@ -12,11 +12,13 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import orjson
+from jaxtyping import Float32
 from pydantic import ValidationError
 
 from service.answers import list_sizes, per_sequence, union
-from service.batch import check_size, to_batch, wanted_layers
+from service.batch import Batch, check_size, misfit, to_batch, wanted_layers
 from service.explain import explained
 from service.loading import Running
 from service.middleware import Exchange
@@ -24,9 +26,10 @@ from service.prediction import predict
 from service.schemas import PREDICT_REQUEST, PredictRequest
 from service.serving import Serving
 from service.settings import Settings
+from speculation.errors import InputInvalid
 
-# A hop to a thread and back costs about as much as a model call for one sequence, and a row of work (a sequence
-# or a context token) about half as much: up to this many rows, waiting for the others is cheaper than hopping.
+# A hop to a thread and back costs about as much as a model call for one sequence, and a row of work (a
+# sequence or a context token) about half as much: up to this many rows, waiting is cheaper than hopping.
 INLINE_ROWS = 4
 # Parsing takes about 20 ns a byte: a body up to this size is parsed in less time than the hop takes.
 INLINE_BODY_BYTES = 16 << 10
@@ -76,10 +79,8 @@ def compute(request: PredictRequest, running: Running) -> bytes:
     speculator = running.speculator
     spec = speculator.spec
     batch = to_batch(request, spec)
-    sizes = list_sizes(request, speculator.manifest, batch, wanted_layers(request, spec, batch))
-    began = time.perf_counter()
-    probabilities = predict(speculator, batch)
-    running.metrics.model_seconds.observe(time.perf_counter() - began)
+    sizes = list_sizes(request, running, batch, wanted_layers(request, spec, batch))
+    probabilities = _timed(request, running, batch)
     together = request.combine == "union"
     return orjson.dumps(
         {
@@ -89,3 +90,13 @@ def compute(request: PredictRequest, running: Running) -> bytes:
             "union": union(probabilities, sizes, request, spec) if together else None,
         }
     )
+
+
+def _timed(request: PredictRequest, running: Running, batch: Batch) -> Float32[np.ndarray, "B L E"]:
+    began = time.perf_counter()
+    try:
+        probabilities = predict(running.speculator, batch)
+    except InputInvalid as error:
+        raise misfit(batch, request, running.speculator.spec) or error from None
+    running.metrics.model_seconds.observe(time.perf_counter() - began)
+    return probabilities

@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from service import examples
 from service.errors import BodyLate, MediaTypeUnsupported, ModelNotReady
 from service.metrics import Metrics
-from service.middleware import exchange_of, header
+from service.middleware import exchange_of
 from service.models import model_summary, version_list
 from service.predictions import Predictions
 from service.problems import problem
@@ -64,9 +64,10 @@ def predict_routes(predictions: Predictions, body_timeout_seconds: float) -> API
         },
     )
     async def predict(request: Request) -> Response:
-        _require_json(request)
+        exchange = exchange_of(request.scope)
+        _require_json(exchange.headers)
         body = await _body(request, body_timeout_seconds)
-        return Response(await predictions.answer(body, exchange_of(request.scope)), media_type=JSON)
+        return Response(await predictions.answer(body, exchange), media_type=JSON)
 
     return router
 
@@ -144,15 +145,15 @@ async def _body(request: Request, timeout_seconds: float) -> bytes:
         ) from None
 
 
-def _require_json(request: Request) -> None:
-    media_type = (header(request.scope, b"content-type") or b"").partition(b";")[0].strip().lower()
+def _require_json(headers: dict[bytes, bytes]) -> None:
+    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
     if media_type != JSON.encode():
         raise MediaTypeUnsupported(
             f"Content-Type is {media_type.decode('latin-1')[:60] or 'missing'}, expected {JSON}.",
             remedy=f"Send JSON with the header Content-Type: {JSON}.",
         )
-    encoding = header(request.scope, b"content-encoding")
-    if encoding not in (None, b"identity"):
+    encoding = headers.get(b"content-encoding", b"identity")
+    if encoding != b"identity":
         raise MediaTypeUnsupported(
             f"Content-Encoding is {encoding.decode('latin-1')[:60]}, expected none.",
             remedy="Send plain JSON.",

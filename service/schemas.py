@@ -48,7 +48,9 @@ VersionSelector = Annotated[
 ]
 TokenId = Annotated[int, Field(ge=0, le=MAX_TOKEN_ID)]
 Expert = Annotated[int, Field(ge=0, lt=MAX_EXPERTS)]
-Gate = Annotated[float, Field(ge=0.0)]
+# Far above any router's weight, and far below where a sum of them leaves float32.
+MAX_GATE = 1e30
+Gate = Annotated[float, Field(ge=0.0, le=MAX_GATE)]
 Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
