@@ -12,10 +12,10 @@ FROM ${BASE} AS build
 ARG WHEELS=
 # "cpu" leaves out ONNX Runtime's CUDA and TensorRT providers, more than half of the image.
 ARG RUNTIME=gpu
-ENV PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
+ENV PIP_CACHE_DIR=/var/cache/pip PIP_DISABLE_PIP_VERSION_CHECK=1 PIP_ROOT_USER_ACTION=ignore
 # pip stays behind in a virtual environment of its own.
 RUN python3 -m venv /opt/pip && python3 -m venv --without-pip /opt/specmoe
-RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=bind,target=/src --mount=type=cache,target=/var/cache/pip \
     /opt/pip/bin/pip --python /opt/specmoe/bin/python install --constraint /src/constraints.txt \
         ${WHEELS:+--no-index --find-links "/src/${WHEELS}"} /src
 RUN case "${RUNTIME}" in \
@@ -26,7 +26,7 @@ RUN case "${RUNTIME}" in \
     esac
 
 FROM build AS build-training
-RUN --mount=type=bind,target=/src --mount=type=cache,target=/root/.cache/pip \
+RUN --mount=type=bind,target=/src --mount=type=cache,target=/var/cache/pip \
     /opt/pip/bin/pip --python /opt/specmoe/bin/python install --constraint /src/constraints.txt \
         ${WHEELS:+--no-index --find-links "/src/${WHEELS}"} '/src[training]'
 
