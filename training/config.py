@@ -1,0 +1,108 @@
+"""Every knob of a training run, with its unit. `specmoe train --help` lists them from here."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from training.errors import ConfigInvalid
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How a predictor is trained.
+
+    passes: times each training token is visited (count).
+    batch_tokens: tokens of a step, over all processes (count; a multiple of block_tokens).
+    block_tokens: consecutive tokens drawn together, so that their history is built once (count).
+    prefixes: prefixes of seen layers tried for each token of a step, the empty one among them (count).
+    learning_rate: peak step size of AdamW, for embeddings, norms and biases (1).
+    matrix_learning_rate: peak step size of Muon, for weight matrices (root mean square of an update, 1).
+    weight_decay: decoupled decay of embeddings (1 / step size).
+    matrix_weight_decay: decoupled decay of weight matrices (1 / step size).
+    warmup_steps: steps until the peak step size; after it, a cosine down to 0 (count).
+    averaging: decay of the running average of the weights, which is what is evaluated and served (per step).
+    drop_token_id: share of tokens trained as if no token id were known (0 to 1).
+    drop_gates: share of blocks trained as if no gate weights were known (0 to 1).
+    drop_history: share of tokens trained as if they began their sequence (0 to 1).
+    rare_token: share of known token ids trained as if they had never been seen before (0 to 1).
+    evaluate_every: passes between two looks at the validation split (count).
+    patience: looks without a better validation loss before the run stops early (count).
+    seed: of every random choice (integer).
+    """
+
+    passes: int = 16
+    batch_tokens: int = 256
+    block_tokens: int = 16
+    prefixes: int = 4
+    learning_rate: float = 2e-3
+    matrix_learning_rate: float = 2e-3
+    weight_decay: float = 0.05
+    matrix_weight_decay: float = 0.1
+    warmup_steps: int = 100
+    averaging: float = 0.999
+    drop_token_id: float = 0.15
+    drop_gates: float = 0.1
+    drop_history: float = 0.1
+    rare_token: float = 0.05
+    evaluate_every: int = 1
+    patience: int = 4
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("passes", "batch_tokens", "block_tokens", "prefixes", "evaluate_every", "patience"):
+            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("learning_rate", "matrix_learning_rate"):
+            _demand(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
+        for name in ("weight_decay", "matrix_weight_decay", "warmup_steps", "seed"):
+            _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "rare_token"):
+            _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+        _demand(
+            self.batch_tokens % self.block_tokens == 0,
+            "batch_tokens",
+            self.batch_tokens,
+            f"a multiple of block_tokens ({self.block_tokens})",
+        )
+
+
+@dataclass(frozen=True)
+class PrefixConfig:
+    """The size of the `prefix` predictor.
+
+    width: of the trunk (channels).
+    hidden: of a residual block (channels).
+    blocks: residual blocks (count).
+    decays: of the averages over past tokens; 0 is the previous token alone (per token).
+    token_width: of a token's embedding (channels).
+    recent_tokens: past tokens whose ids are remembered (count).
+    dropout: inside the trunk (0 to 1).
+    input_dropout: on routed experts and token embeddings (0 to 1).
+    """
+
+    width: int = 256
+    hidden: int = 512
+    blocks: int = 2
+    decays: tuple[float, ...] = (0.0, 0.5, 0.8, 0.95, 0.99)
+    token_width: int = 64
+    recent_tokens: int = 2
+    dropout: float = 0.1
+    input_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("width", "hidden", "blocks", "token_width", "recent_tokens"):
+            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        for name in ("dropout", "input_dropout"):
+            _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+        _demand(
+            bool(self.decays) and all(0 <= decay < 1 for decay in self.decays),
+            "decays",
+            self.decays,
+            "one or more numbers, 0 or more and below 1",
+        )
+
+
+def _demand(condition: bool, name: str, value: object, expected: str) -> None:
+    if not condition:
+        raise ConfigInvalid(
+            f"{name} is {value}, expected {expected}.", remedy=f"Set --{name.replace('_', '-')} accordingly."
+        )

@@ -1,0 +1,294 @@
+"""The training loop: steps, looks at the validation split, checkpoints, early stopping.
+
+Between `dataset` and `export`; `specmoe train` runs it.
+
+    specmoe train --traces train.npz --validation validation.npz --run runs/mine
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from training import checkpoint
+from training.config import TrainConfig
+from training.dataset import Batch, Blocks
+from training.errors import RunInvalid, TrainingError
+from training.loss import set_loss, unseen
+from training.optimizer import optimizers
+from training.plan import Plan, plan_step, steps_per_pass
+from training.predictors.prefix import PrefixPredictor
+from training.processes import Processes
+
+CHECKPOINT = "checkpoint.pt"
+# Longer gradients than this are shortened to it: rare tokens give rare bursts.
+MAX_GRADIENT_NORM = 1.0
+# Blocks of the validation split looked at together; bounds memory to some 100 MB.
+VALIDATION_BLOCKS = 32
+
+
+@dataclass(frozen=True)
+class Look:
+    """How the averaged weights do on the validation split.
+
+    loss: mean over unseen layers, nats per routed expert. recall_start, recall_next: recall@k of whole
+    tokens before their first layer, and one layer ahead.
+    """
+
+    loss: float
+    recall_start: float
+    recall_next: float
+
+
+class Trainer:
+    """One training run, from its first step or from its checkpoint.
+
+    folder: where checkpoint and TensorBoard events go. Raises RunInvalid where the checkpoint there is of
+    another predictor.
+    """
+
+    def __init__(
+        self,
+        predictor: PrefixPredictor,
+        train: Blocks,
+        validation: Blocks,
+        config: TrainConfig,
+        folder: Path,
+        where: Processes,
+    ) -> None:
+        self.train, self.validation, self.config, self.folder, self.where = (
+            train,
+            validation,
+            config,
+            folder,
+            where,
+        )
+        self.predictor = predictor.to(where.device)
+        self.average = AveragedModel(predictor, multi_avg_fn=averaging(config.averaging))
+        self.optimizers = optimizers(predictor, config)
+        self.total_steps = config.passes * steps_per_pass(train, config)
+        self.step = 0
+        self.best = math.inf
+        self.looks_since_best = 0
+        self.best_weights: dict[str, Tensor] = {}
+        self.seconds = 0.0
+
+    def fit(self) -> PrefixPredictor:
+        """Train to the end, or until the validation loss stops falling. Returns the best averaged weights.
+
+        Interrupted (Ctrl-C), it leaves a checkpoint and raises KeyboardInterrupt.
+        """
+        bar = tqdm(
+            total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.where.leads
+        )
+        began = time.monotonic() - self.seconds
+        look_every = self.config.evaluate_every * steps_per_pass(self.train, self.config)
+        with bar, _events(self.folder, self.where, self.step) as events:
+            try:
+                while self.step < self.total_steps and self.looks_since_best < self.config.patience:
+                    loss = self.take_step()
+                    bar.update()
+                    self.seconds = time.monotonic() - began
+                    events.add_scalar("train/loss", loss, self.step)
+                    if self.step % look_every == 0 or self.step == self.total_steps:
+                        look = self.look()
+                        self._keep_best(look)
+                        self._report(look, loss, bar, events)
+                        self.save()
+            except KeyboardInterrupt:
+                self.save()
+                raise
+        self.predictor.load_state_dict(self.best_weights)
+        return self.predictor
+
+    def take_step(self) -> float:
+        """One step. Returns its loss, the mean over all processes."""
+        plan = plan_step(self.train, self.config, self.step)
+        lengths = torch.from_numpy(self.train.length[plan.blocks])
+        weight = _total_weight(plan, lengths, self.train.spec.num_layers)
+        torch.manual_seed(hash((self.config.seed, self.step, self.where.rank)) & 0xFFFFFFFF)
+        rate = schedule(self.step, self.total_steps, self.config.warmup_steps)
+        for optimizer, peak in zip(
+            self.optimizers, (self.config.matrix_learning_rate, self.config.learning_rate), strict=True
+        ):
+            for group in optimizer.param_groups:
+                group["lr"] = peak * rate
+        self.predictor.train()
+        self.predictor.zero_grad()
+        part = plan.part(self.where.rank, self.where.world)
+        loss = torch.zeros((), device=self.where.device)
+        if len(part.blocks):
+            loss = self._loss(part) / weight
+            loss.backward()
+        self.where.sum_gradients(self.predictor)
+        nn.utils.clip_grad_norm_(self.predictor.parameters(), MAX_GRADIENT_NORM)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        self.average.update_parameters(self.predictor)
+        self.step += 1
+        total = float(self.where.sum(loss.detach()))
+        if not math.isfinite(total):
+            raise TrainingError(
+                f"The loss became {total} at step {self.step}.",
+                remedy="Lower --learning-rate and --matrix-learning-rate, or raise --warmup-steps.",
+            )
+        return total
+
+    def _loss(self, plan: Plan) -> Float[Tensor, ""]:
+        batch = self.train.draw(plan.blocks, plan.hide_gates)
+        inside = self.train.inside(plan.blocks)
+        ids = np.where(plan.hide_token[inside][:, None], -1, batch.token_ids.numpy())
+        rows, shared = self.predictor.vocabulary.rows(ids), self.predictor.vocabulary.shared_rows(ids)
+        shown_rows = torch.from_numpy(np.where(plan.make_rare[inside][:, None], shared, rows))
+        history = batch.history * torch.from_numpy(~plan.hide_history[inside])[:, None, None, None]
+        shown = replace(batch, history=history)
+        return self._summed_loss(self.predictor, shown, shown_rows, torch.from_numpy(plan.seen[inside]))[0]
+
+    def _summed_loss(
+        self, predictor: nn.Module, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B P L E"], Float[Tensor, "B L E"]]:
+        batch, rows, seen = (
+            batch.to(self.where.device),
+            rows.to(self.where.device),
+            seen.to(self.where.device),
+        )
+        logits = predictor(batch, rows, seen)
+        weight = unseen(seen, self.train.spec.num_layers)
+        return set_loss(logits, batch.targets, weight), logits, batch.targets
+
+    @torch.no_grad()
+    def look(self) -> Look:
+        """Score the averaged weights on the validation split, each process its share."""
+        self.average.eval()
+        spec = self.train.spec
+        seen = torch.tensor([0, 1, spec.num_layers // 4, spec.num_layers // 2, 3 * spec.num_layers // 4])
+        seen = seen.clamp(max=spec.num_layers - 1).unique()
+        sums = torch.zeros(5, device=self.where.device)
+        for number, batch in enumerate(self.validation.in_order(VALIDATION_BLOCKS)):
+            if number % self.where.world != self.where.rank:
+                continue
+            rows = torch.from_numpy(self.predictor.vocabulary.rows(batch.token_ids.numpy()))
+            prefixes = seen.expand(len(rows), -1)
+            loss, logits, targets = self._summed_loss(self.average, batch, rows, prefixes)
+            hits = targets[:, None].expand_as(logits).gather(-1, logits.topk(spec.top_k).indices).sum(-1)
+            ahead = [hits[:, p, int(s)].sum() for p, s in enumerate(seen) if s > 0]
+            weight = unseen(prefixes, spec.num_layers).sum()
+            sums += torch.stack(
+                [
+                    loss,
+                    weight.to(loss),
+                    hits[:, 0].sum(),
+                    torch.stack(ahead).sum() if ahead else loss.new_zeros(()),
+                    loss.new_tensor(len(rows)),
+                ]
+            )
+        loss_sum, weight_sum, start, ahead_sum, tokens = self.where.sum(sums).tolist()
+        routed = tokens * spec.top_k
+        return Look(
+            loss_sum / weight_sum,
+            start / (routed * spec.num_layers),
+            ahead_sum / (routed * max(1, len(seen) - 1)),
+        )
+
+    def _keep_best(self, look: Look) -> None:
+        if look.loss < self.best:
+            self.best, self.looks_since_best = look.loss, 0
+            self.best_weights = {
+                name: value.clone() for name, value in self.average.module.state_dict().items()
+            }
+        else:
+            self.looks_since_best += 1
+
+    def _report(self, look: Look, loss: float, bar: tqdm[Any], events: Any) -> None:
+        bar.set_postfix_str(
+            f"loss {loss:.3f}, validation {look.loss:.3f}, recall start {look.recall_start:.3f}"
+            f" next {look.recall_next:.3f}"
+        )
+        for name, value in vars(look).items():
+            events.add_scalar(f"validation/{name}", value, self.step)
+
+    def save(self) -> None:
+        """Write the checkpoint, where this process leads."""
+        if self.where.leads:
+            checkpoint.save(
+                self.folder / CHECKPOINT,
+                {
+                    "predictor": self.predictor.state_dict(),
+                    "average": self.average.state_dict(),
+                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "step": self.step,
+                    "best": self.best,
+                    "looks_since_best": self.looks_since_best,
+                    "best_weights": self.best_weights,
+                    "seconds": self.seconds,
+                },
+            )
+
+    def resume(self) -> None:
+        """Go on from the checkpoint in the folder."""
+        saved = checkpoint.load(self.folder / CHECKPOINT)
+        try:
+            self.predictor.load_state_dict(saved["predictor"])
+            self.average.load_state_dict(saved["average"])
+            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(state)
+        except (RuntimeError, KeyError, ValueError) as error:
+            raise RunInvalid(
+                f"{self.folder / CHECKPOINT} is of another predictor: {str(error).splitlines()[0]}",
+                remedy="Resume with the options the run was started with, or choose a new --run folder.",
+            ) from error
+        self.step, self.best = saved["step"], saved["best"]
+        self.looks_since_best, self.best_weights = saved["looks_since_best"], saved["best_weights"]
+        self.seconds = saved["seconds"]
+
+
+def schedule(step: int, total: int, warmup: int) -> float:
+    """Share of the peak step size: a linear rise, then half a cosine down to 0."""
+    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / total))
+
+
+def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
+    """Exponential average of weights that forgets its random start: the decay grows from 0.1 to `decay`."""
+
+    @torch.no_grad()
+    def update(averages: Any, weights: Any, averaged: Any) -> None:
+        warm = min(decay, (1 + int(averaged)) / (10 + int(averaged)))
+        torch._foreach_lerp_(averages, weights, 1 - warm)
+
+    return update
+
+
+def _total_weight(plan: Plan, lengths: Int64[Tensor, "N"], num_layers: int) -> float:
+    """How many unseen layers the whole step scores, over all processes."""
+    inside = torch.arange(plan.seen.shape[1]) < lengths[:, None]
+    return float((num_layers - torch.from_numpy(plan.seen)[inside]).sum())
+
+
+def _events(folder: Path, where: Processes, step: int) -> Any:
+    """TensorBoard events, written by the leading process alone."""
+    if where.leads:
+        return SummaryWriter(str(folder), purge_step=step)
+    return _NoEvents()
+
+
+class _NoEvents:
+    def __enter__(self) -> _NoEvents:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        return None
+
+    def add_scalar(self, name: str, value: float, step: int) -> None:
+        """Nothing: another process writes them."""

@@ -1,0 +1,30 @@
+"""The training loss: how far predicted sets of experts are from the routed ones, over layers not seen yet."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+from torch.nn import functional
+
+
+def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:
+    """1 for every layer that comes after the first `seen` ones, else 0."""
+    layer = torch.arange(num_layers, device=seen.device)
+    return (layer >= seen[..., None]).float()
+
+
+def set_loss(
+    logits: Float[Tensor, "B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
+) -> Float[Tensor, ""]:
+    """Sum over unseen layers of the cross-entropy to the routed set, in nats per routed expert.
+
+    Two terms on the same logits. The softmax one compares with 1/K on each routed expert, which is what
+    ranking needs; the sigmoid one fixes the level, so that a logit is that of a probability.
+    Divide by `weight.sum()` for the mean.
+    """
+    routed = targets[:, None].expand_as(logits)
+    top_k = routed.sum(-1)
+    softmax = -(routed * functional.log_softmax(logits, -1)).sum(-1) / top_k
+    sigmoid = functional.binary_cross_entropy_with_logits(logits, routed, reduction="none").sum(-1) / top_k
+    return ((softmax + sigmoid) * weight).sum()

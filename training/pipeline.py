@@ -1,0 +1,81 @@
+"""The whole way from traces to a published version, as one call; `specmoe train` is its command line.
+
+specmoe train --traces train.npz --validation validation.npz --run runs/mine --publish --store ./store
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from model_store.store import open_store
+from speculation.publishing import publish_export
+from training.config import PrefixConfig, TrainConfig
+from training.dataset import Blocks
+from training.errors import check_same_shape
+from training.export import export
+from training.loop import Trainer
+from training.predictors import PREDICTORS
+from training.processes import Processes, processes
+from training.run import Run, environment, load_traces, read_run, write_run
+from training.vocabulary import Vocabulary
+
+
+def train(
+    *,
+    traces: tuple[Path, ...],
+    validation: tuple[Path, ...],
+    folder: Path,
+    model: str | None,
+    train_config: TrainConfig,
+    predictor_config: PrefixConfig,
+    command: str,
+    resume: bool = False,
+    store: str | None = None,
+    aliases: tuple[str, ...] = (),
+) -> None:
+    """Train into `folder`; with a `store`, also export and publish there and move `aliases`.
+
+    Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
+    the folder holds another run, and what exporting and publishing raise.
+    """
+    with processes() as where:
+        train_trace, train_sources = load_traces(traces, "train", model)
+        validation_trace, validation_sources = load_traces(validation, "validation", train_trace.spec.model)
+        check_same_shape(validation_trace.spec, train_trace.spec, "the training traces")
+        run = Run(
+            spec=train_trace.spec,
+            predictor="prefix",
+            predictor_config=predictor_config,
+            train_config=train_config,
+            sources=train_sources + validation_sources,
+            validation_paths=tuple(path.resolve() for path in validation),
+            known_ids=tuple(Vocabulary.of(train_trace.token_ids).known.tolist()),
+            command=command,
+            **environment(),
+        )
+        if where.leads and not resume:
+            write_run(folder, run)
+        torch.manual_seed(train_config.seed)
+        predictor = PREDICTORS[run.predictor](run.spec, predictor_config, run.vocabulary)
+        blocks, looks = (
+            Blocks(trace, predictor_config.decays, train_config.block_tokens, predictor_config.recent_tokens)
+            for trace in (train_trace, validation_trace)
+        )
+        trainer = Trainer(predictor, blocks, looks, train_config, folder, where)
+        if resume:
+            read_run(folder)
+            trainer.resume()
+        trainer.fit()
+        if where.leads:
+            _finish(folder, store, aliases, where)
+
+
+def _finish(folder: Path, store: str | None, aliases: tuple[str, ...], where: Processes) -> None:
+    if store is None:
+        print(f"Trained into {folder}. Next: specmoe export {folder}")
+        return
+    exported = export(folder, progress=where.leads)
+    manifest = publish_export(exported, open_store(store), aliases=aliases)
+    print(f"Published {manifest.spec.model} version {manifest.version} to {store}.")

@@ -1,0 +1,153 @@
+"""A training run's folder: what was asked for, so that it can be resumed, exported and trained again.
+
+RUN/run.json        this record          RUN/checkpoint.pt   weights, optimizers, step
+RUN/export/         graphs and draft     RUN/events.out.*    TensorBoard
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from pydantic import TypeAdapter, ValidationError
+
+from model_store.manifest import TraceSource
+from traces.files import digest, load
+from traces.spec import RoutingSpec
+from traces.trace import RoutingTrace, concatenate
+from training.config import PrefixConfig, TrainConfig
+from training.errors import RunInvalid, check_same_shape
+from training.vocabulary import Vocabulary
+
+RECORD = "run.json"
+PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "numpy")
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run was asked for.
+
+    paths: of the validation traces, where they lay on this machine; everything else goes into the lineage.
+    known_ids: the vocabulary.
+    """
+
+    spec: RoutingSpec
+    predictor: Literal["prefix"]
+    predictor_config: PrefixConfig
+    train_config: TrainConfig
+    sources: tuple[TraceSource, ...]
+    validation_paths: tuple[Path, ...]
+    known_ids: tuple[int, ...]
+    command: str
+    code_revision: str
+    hardware: str
+    packages: dict[str, str]
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(np.array(self.known_ids, np.int64))
+
+
+_RUN: TypeAdapter[Run] = TypeAdapter(Run)
+
+
+def write_run(folder: Path, run: Run) -> None:
+    """Begin a run. Raises RunInvalid where the folder already holds one."""
+    record = folder / RECORD
+    if record.exists():
+        raise RunInvalid(
+            f"{folder} already holds a run.",
+            remedy="Give --resume to go on with it, or another --run folder.",
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    record.write_bytes(_RUN.dump_json(run, indent=1))
+
+
+def read_run(folder: Path) -> Run:
+    """The run of a folder. Raises RunInvalid where there is none or its record is damaged."""
+    try:
+        return _RUN.validate_json((folder / RECORD).read_bytes())
+    except FileNotFoundError as error:
+        raise RunInvalid(
+            f"{folder} holds no run: there is no {RECORD}.", remedy="Give a folder made by `specmoe train`."
+        ) from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        place = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise RunInvalid(
+            f"{folder / RECORD}: {place}: {first['msg']}.", remedy="Train again into a new folder."
+        ) from error
+
+
+def load_traces(
+    paths: tuple[Path, ...], use: Literal["train", "validation"], model: str | None = None
+) -> tuple[RoutingTrace, tuple[TraceSource, ...]]:
+    """All traces of these files and folders as one, and where it came from.
+
+    model: the name to go by, where the files' own is not the one wanted.
+    """
+    traces = [load(path) for path in paths]
+    for trace in traces[1:]:
+        check_same_shape(trace.spec, traces[0].spec, str(paths[0]))
+    sources = tuple(
+        TraceSource(
+            name=path.name,
+            use=use,
+            sha256=digest(path),
+            tokens=trace.num_tokens,
+            sequences=trace.num_sequences,
+        )
+        for path, trace in zip(paths, traces, strict=True)
+    )
+    return _named(concatenate([_named(trace, traces[0].spec.model) for trace in traces]), model), sources
+
+
+def _named(trace: RoutingTrace, model: str | None) -> RoutingTrace:
+    spec = trace.spec
+    if model is None or model == spec.model:
+        return trace
+    renamed = RoutingSpec(model, spec.num_layers, spec.num_experts, spec.top_k)
+    return RoutingTrace(renamed, trace.experts, trace.gates, trace.token_ids, trace.starts, trace.domains)
+
+
+def environment() -> dict[str, Any]:
+    """Code revision, hardware and package versions, for the lineage."""
+    return {
+        "code_revision": _revision(),
+        "hardware": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
+        "packages": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _revision() -> str:
+    """The git commit of this code, with a plus where files differ from it; "unknown" outside a checkout."""
+    here = Path(__file__).parent
+
+    def git(*arguments: str) -> str:
+        return subprocess.run(  # noqa: S603
+            ["git", "-C", str(here), *arguments],  # noqa: S607
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout.strip()
+
+    try:
+        return git("rev-parse", "HEAD") + ("+" if git("status", "--porcelain", "--", "*.py") else "")
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    return next(
+        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown"
+    )

@@ -1,0 +1,96 @@
+"""What a trained predictor says of every prefix of the validation tokens: what calibration and coverage rest on.
+
+trained predictor + validation split -> survey -> calibration tables, coverage tables -> export
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float16, Int16
+from torch import Tensor
+from tqdm import tqdm
+
+from model_store.manifest import Coverage
+from training.dataset import Blocks
+from training.predictors.prefix import PrefixPredictor
+from training.vocabulary import UNKNOWN_ROW
+
+LEVELS = (0.9, 0.95, 0.99)
+# The logits of a token at all its prefixes take L x L x E half-precision numbers, 37 kB for 24 x 32.
+MAX_BYTES = 1 << 30
+BLOCKS_AT_ONCE = 4
+
+
+@dataclass(frozen=True)
+class Survey:
+    """Row s of a token is with its first s layers seen; entries of seen layers mean nothing.
+
+    logits: of every expert. targets: whether it was routed.
+    needed: how many first-ranked experts it takes to have all routed ones.
+    """
+
+    logits: Float16[np.ndarray, "N L L E"]
+    targets: Bool[np.ndarray, "N L E"]
+    needed: Int16[np.ndarray, "N L L"]
+
+
+@torch.no_grad()
+def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progress: bool = False) -> Survey:
+    """Ask the predictor for every prefix of the tokens of `blocks`, with or without their ids.
+
+    Where the logits of all would not fit into 1 GiB, blocks evenly spread over the trace are asked.
+    """
+    predictor.eval()
+    spec = blocks.spec
+    chosen = _spread(blocks)
+    seen = torch.arange(spec.num_layers)
+    device = next(predictor.parameters()).device
+    parts = []
+    groups = range(0, len(chosen), BLOCKS_AT_ONCE)
+    for start in tqdm(groups, desc="survey", unit="batch", disable=not progress, leave=False):
+        numbers = chosen[start : start + BLOCKS_AT_ONCE]
+        batch = blocks.draw(numbers, np.zeros(len(numbers), bool))
+        ids = batch.token_ids.numpy()
+        rows = predictor.vocabulary.rows(ids) if token_ids else np.full_like(ids, UNKNOWN_ROW)
+        prefixes = seen.expand(len(ids), -1).to(device)
+        logits = predictor(batch.to(device), torch.from_numpy(rows).to(device), prefixes).cpu()
+        targets = batch.targets.bool()
+        parts.append((logits.half().numpy(), targets.numpy(), _needed(logits, targets, spec.top_k).numpy()))
+    return Survey(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def coverage(found: Survey) -> Coverage:
+    """How many experts cover all routed ones with each level's probability, by layer and distance.
+
+    Split conformal prediction (Vovk et al. 2005): the ceil((N + 1) level)-th smallest need among N tokens, so
+    that the level holds for a further token of the same kind, not only on these.
+    """
+    ordered = np.sort(found.needed, axis=0)
+    tokens, num_layers, _ = ordered.shape
+    tables = []
+    for level in LEVELS:
+        rank = min(int(np.ceil((tokens + 1) * level)), tokens) - 1
+        # Distance d of layer l is with l + 1 - d layers seen.
+        tables.append(
+            tuple(
+                tuple(int(ordered[rank, layer + 1 - distance, layer]) for distance in range(1, layer + 2))
+                for layer in range(num_layers)
+            )
+        )
+    return Coverage(levels=LEVELS, experts=tuple(tables))
+
+
+def _spread(blocks: Blocks) -> np.ndarray:
+    spec = blocks.spec
+    token_bytes = spec.num_layers * spec.num_layers * spec.num_experts * 2
+    most = max(1, MAX_BYTES // (token_bytes * blocks.block_tokens))
+    return np.unique(np.linspace(0, len(blocks) - 1, min(most, len(blocks))).astype(np.int64))
+
+
+def _needed(logits: Tensor, targets: Tensor, top_k: int) -> Tensor:
+    """Position of the worst-ranked routed expert, counted from 1; a tie counts against us."""
+    worst = logits.masked_fill(~targets[:, None], torch.inf).amin(-1, keepdim=True)  # N L L 1
+    return (logits >= worst).sum(-1).to(torch.int16)
