@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Int64, Shaped
 
 from traces.errors import TraceError, TraceFormatError
-from traces.shard import METADATA_KEY, Header, Rows, Shard, joined, rows_per_group, schema, to_table, to_trace
+from traces.shard import Header, Rows, Shard, joined, rows_per_group, schema, to_table, to_trace
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, check, starts_of
 
@@ -248,7 +248,7 @@ class TraceWriter:
     def _finish_shard(self, *, last: bool) -> None:
         self._write_groups(everything=True)
         header = Header(self._spec, self._provenance, self._shard, self._first_token, last)
-        self._file.add_key_value_metadata({METADATA_KEY: header.to_json()})
+        self._file.add_key_value_metadata(header.to_metadata())
         self._file.close()
         _sync(self._temporary)
         self._temporary.replace(self._folder / shard_name(self._shard))

@@ -8,6 +8,7 @@ among the others, so that a set which is not whole is noticed. `traces.parquet` 
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -24,6 +25,8 @@ from traces.trace import RoutingTrace, check
 
 SCHEMA_VERSION = 1
 METADATA_KEY = "specmoe.trace"
+# Parquet has checksums for its pages, none for what the footer says.
+DIGEST_KEY = "specmoe.trace.sha256"
 MAX_ROWS_PER_GROUP = 8192
 # A row group is the least that is held in memory: routed experts (with gates, 6 bytes each) it may have.
 MAX_ENTRIES_PER_GROUP = 1 << 22
@@ -50,12 +53,16 @@ class Header:
     first_token: int
     last: bool
 
-    def to_json(self) -> str:
-        return json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+    def to_metadata(self) -> dict[str, str]:
+        text = json.dumps({"schema_version": SCHEMA_VERSION, **asdict(self)}, sort_keys=True)
+        return {METADATA_KEY: text, DIGEST_KEY: hashlib.sha256(text.encode()).hexdigest()}
 
     @classmethod
-    def from_json(cls, text: bytes) -> Header:
-        """Raises ValueError, KeyError, TypeError or SpecError where the text is not what `to_json` writes."""
+    def from_metadata(cls, metadata: Mapping[bytes, bytes]) -> Header:
+        """Raises KeyError, ValueError, TypeError or SpecError where it is not what `to_metadata` makes."""
+        text = metadata[METADATA_KEY.encode()]
+        if hashlib.sha256(text).hexdigest().encode() != metadata[DIGEST_KEY.encode()]:
+            raise ValueError("its checksum does not match.")
         fields = json.loads(text)
         if (version := fields.pop("schema_version")) != SCHEMA_VERSION:
             raise ValueError(f"schema version is {version}, expected {SCHEMA_VERSION}.")
@@ -156,22 +163,28 @@ class Shard:
                 yield rows
         except DAMAGE as error:
             raise _unreadable(self.path, error) from error
+        if first_row != self.num_tokens:
+            raise TraceFormatError(
+                f"{self.path} holds {first_row} tokens, expected {self.num_tokens}.", remedy=COPY_AGAIN
+            )
 
     def _header(self) -> Header:
-        text = (self._file.metadata.metadata or {}).get(METADATA_KEY.encode())
-        if text is None:
+        metadata = self._file.metadata.metadata or {}
+        if METADATA_KEY.encode() not in metadata:
             raise TraceFormatError(
                 f"{self.path} is a Parquet file, but no routing trace: its footer lacks {METADATA_KEY}.",
                 remedy="Only what `specmoe traces import` wrote can be read; import the recording.",
             )
         try:
-            return Header.from_json(text)
+            return Header.from_metadata(metadata)
         except (ValueError, TypeError, KeyError, SpecMoEError) as error:
             raise TraceFormatError(
                 f"{self.path}: its footer's {METADATA_KEY} is not understood: {error}", remedy=COPY_AGAIN
             ) from error
 
     def _check_columns(self) -> None:
+        if not self.num_tokens:
+            raise TraceFormatError(f"{self.path} has no rows.", remedy=COPY_AGAIN)
         expected = schema(self.header.spec, gates=self.has_gates, token_ids=self.has_token_ids)
         found = self._file.schema_arrow.remove_metadata()
         if not found.equals(expected):

@@ -97,7 +97,6 @@ def read(path: Path, *, model: str | None = None) -> Imported:
             remedy=f"The file may be cut short. {RECORD_AGAIN}",
         )
     spec = replace(whole_model, num_layers=len(layers))
-    columns["layer"] = np.searchsorted(layers, columns["layer"])
     return assemble(Rows(str(path), preamble.lines + 1, **columns), spec)
 
 

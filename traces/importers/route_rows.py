@@ -19,14 +19,14 @@ RECORD_AGAIN = "Record or copy the file again, or take this turn's lines out."
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, R of them. first_line: the line of row 0. layer: MoE layers only, from 0."""
+    """The rows of a file, R of them. first_line: the line of row 0. layer: as the file numbers them."""
 
     origin: str
     first_line: int
     turn: Int32[np.ndarray, "R"]
     phase: Int8[np.ndarray, "R"]
     step: Int32[np.ndarray, "R"]
-    layer: Int64[np.ndarray, "R"]
+    layer: Int16[np.ndarray, "R"]
     slot: Int16[np.ndarray, "R"]
     expert: Int16[np.ndarray, "R"]
     weight: Float32[np.ndarray, "R"]
@@ -48,9 +48,13 @@ class Imported:
 
 
 def assemble(rows: Rows, spec: RoutingSpec) -> Imported:
-    """The trace of rows within the spec's ranges. Raises TraceError naming the line where there is none."""
+    """The trace that rows within the spec's ranges, and of its L layers, make.
+
+    Raises TraceError naming the line where they make none.
+    """
     positions, token = np.unique((rows.turn.astype(np.int64) << 32) + rows.step, return_inverse=True)
-    place = (token * spec.num_layers + rows.layer) * spec.top_k + rows.slot
+    layer = np.unique(rows.layer, return_inverse=True)[1]
+    place = (token * spec.num_layers + layer) * spec.top_k + rows.slot
     order = np.argsort(place, kind="stable")
     _check_unique(rows, order, place)
     _check_no_gap(rows, positions, token)
@@ -93,12 +97,12 @@ def _check_no_gap(rows: Rows, positions: Int64[np.ndarray, "T"], token: Int[np.n
 
 def _complete(rows: Rows, token: Int[np.ndarray, "R"], spec: RoutingSpec) -> Bool[np.ndarray, "T"]:
     """Which tokens have all layers. The others may only be prompt tokens that lack the last one."""
-    last = spec.num_layers - 1
     found = np.bincount(token)
-    found_last = np.bincount(token[rows.layer == last], minlength=len(found))
+    found_last = np.bincount(token[rows.layer == rows.layer.max()], minlength=len(found))
     generated = np.bincount(token, weights=rows.phase)
     complete: Bool[np.ndarray, "T"] = found == spec.num_layers * spec.top_k
-    ends_early = (found == last * spec.top_k) & (found_last == 0) & (generated == 0)
+    early = (spec.num_layers - 1) * spec.top_k
+    ends_early = (found == early) & (found_last == 0) & (generated == 0)
     broken = np.flatnonzero(~(complete | ends_early))
     if len(broken):
         row = int(np.flatnonzero(token == broken[0])[-1])
