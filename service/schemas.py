@@ -89,7 +89,7 @@ class PredictRequest(Request):
     model: str = Field(max_length=100, description="A name that /v1/models lists.")
     version: VersionSelector = Field(None, description="Version or alias; null for the one that is served.")
     sequences: list[Sequence] = Field(min_length=1)
-    layers: list[Layer] | None = Field(
+    layers: Annotated[list[Layer], Field(min_length=1)] | None = Field(
         None, description="Layers wanted; of these, each sequence gets those it has not seen. null: all."
     )
     top_n: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = Field(
