@@ -143,7 +143,8 @@ class Shard:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = pq.ParquetFile(path, page_checksum_verification=True)
+            # Without pre_buffer=False every open shard keeps all its bytes.
+            self._file = pq.ParquetFile(path, pre_buffer=False, page_checksum_verification=True)
         except DAMAGE as error:
             raise _unreadable(path, error) from error
         self.header = self._header()

@@ -84,6 +84,15 @@ def test_a_sequence_longer_than_a_piece_is_cut(tmp_path: Path) -> None:
     assert lengths == [[2], [3], [3], [1, 1]]
 
 
+def test_reading_in_pieces_holds_a_small_part_of_the_set(tmp_path: Path) -> None:
+    whole = made_up_trace(lengths=(250,) * 80)
+    folder = write(tmp_path / "t", whole, max_shard_tokens=500)
+    before = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - before for _ in read_batches(folder, 500)]
+    assert len(held) == 40
+    assert max(held) < sum(file.stat().st_size for file in files(folder)) / 3
+
+
 def test_appended_traces_follow_one_another(tmp_path: Path) -> None:
     parts = [made_up_trace(seed=seed) for seed in range(3)]
     with TraceWriter(tmp_path / "t", TOY, gates=True, token_ids=True, provenance={}) as writer:

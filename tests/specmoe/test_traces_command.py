@@ -1,0 +1,178 @@
+"""`specmoe traces import|info`, run as a user runs it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from specmoe.cli import main
+from tests.traces.made_up import made_up_trace, preamble, same, write_npz, write_route_csv
+from traces.files import digest, load
+from traces.shard import Shard
+from traces.spec import RoutingSpec
+from traces.trace import concatenate
+
+Captured = pytest.CaptureFixture[str]
+
+
+def run(*arguments: object) -> int:
+    return main(["traces", *map(str, arguments)])
+
+
+def test_an_imported_npz_is_the_same_trace(tmp_path: Path, capsys: Captured) -> None:
+    assert run("import", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "t") == 0
+    assert "8 tokens of 3 sequences of toy" in capsys.readouterr().out
+    assert same(load(tmp_path / "t"), made_up_trace())
+
+
+def test_an_import_tells_where_it_comes_from(tmp_path: Path) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    run("import", source, "--out", tmp_path / "t")
+    header = Shard(tmp_path / "t" / "part-000000.parquet").header
+    assert header.provenance == {"source": "x.npz", "sha256": digest(source)}
+
+
+def test_a_folder_is_imported_as_one_trace(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    parts = [made_up_trace(seed=seed) for seed in range(2)]
+    for name, part in zip("ab", parts, strict=True):
+        write_npz(tmp_path / "in" / f"{name}.npz", part)
+    assert run("import", tmp_path / "in", "--out", tmp_path / "deep" / "t") == 0
+    assert same(load(tmp_path / "deep" / "t"), concatenate(parts))
+
+
+def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -> None:
+    source = write_route_csv(tmp_path / "x.csv")
+    assert run("import", source, "--out", tmp_path / "t", "--model", "toy", "--domain", "chat") == 0
+    assert "4 prompt tokens were left out" in capsys.readouterr().out
+    trace = load(tmp_path / "t")
+    assert (trace.spec.model, trace.domains) == ("toy", ("chat", "chat"))
+
+
+def test_a_file_whose_model_has_no_usable_name_is_imported_under_another(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    source = write_route_csv(tmp_path / "x.csv", head=preamble(model="/m/my toy.gguf"))
+    assert run("import", source, "--out", tmp_path / "t") == 2
+    assert "--model NAME" in capsys.readouterr().err
+    assert run("import", source, "--out", tmp_path / "t", "--model", "toy") == 0
+
+
+def test_a_long_file_is_written_in_pieces_and_stays_the_same(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 5)
+    trace = made_up_trace(lengths=(3, 12, 1, 1, 4))
+    run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")
+    assert same(load(tmp_path / "t"), trace)
+
+
+def test_nothing_is_overwritten(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("import", source, "--out", tmp_path) == 2
+    assert "exists already and is not an empty folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+def test_a_failed_import_leaves_nothing_behind(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    write_npz(tmp_path / "in" / "a.npz")
+    write_npz(tmp_path / "in" / "b.npz", gates=np.full((8, 3, 2), np.nan))
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t") == 2
+    assert "b.npz: token 0, layer 0: gate is nan" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_traces_of_two_models_are_not_imported_together(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    write_npz(tmp_path / "in" / "a.npz")
+    write_npz(tmp_path / "in" / "b.npz", made_up_trace(RoutingSpec("other", 3, 8, 2)))
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t") == 2
+    assert "model='other'" in capsys.readouterr().err
+
+
+def test_a_source_that_names_its_domains_keeps_them(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("import", source, "--out", tmp_path / "t", "--domain", "chat") == 2
+    assert "names its domains itself" in capsys.readouterr().err
+
+
+def test_shards_need_no_import(tmp_path: Path, capsys: Captured) -> None:
+    run("import", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "t")
+    assert run("import", tmp_path / "t", "--out", tmp_path / "again") == 2
+    assert "own form already" in capsys.readouterr().err
+
+
+def test_an_unwritable_place_is_named(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "file").write_text("")
+    source = write_npz(tmp_path / "x.npz")
+    assert run("import", source, "--out", tmp_path / "file" / "t") == 2
+    assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
+@pytest.fixture(scope="module")
+def info(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What `info --json` writes of a trace of twelve sequences."""
+    folder = tmp_path_factory.mktemp("info")
+    trace = made_up_trace(RoutingSpec("toy", 5, 8, 2), (7, 20, 3) * 4)
+    assert run("info", write_npz(folder / "x.npz", trace), "--json", folder / "info.json") == 0
+    document: dict[str, Any] = json.loads((folder / "info.json").read_text())
+    return document
+
+
+def test_info_counts(info: dict[str, Any]) -> None:
+    assert (info["tokens"], info["sequences"]) == (120, 12)
+    assert info["sequence_tokens"] == {"shortest": 3, "median": 7.0, "longest": 20}
+    assert info["domains"]["domain 0"]["sequences"] == 6
+    assert len(info["usage_entropy"]) == len(info["temporal_locality"]) == 5
+
+
+def test_info_tells_recall_at_three_distances_on_sequences_held_out(info: dict[str, Any]) -> None:
+    baselines = info["baselines"]
+    assert (baselines["fitted"]["sequences"], baselines["scored"]["sequences"]) == (10, 2)
+    assert set(baselines["recall"]["layer markov"]) == {"start", "1", "4"}
+    assert baselines["recall"]["oracle"]["1"] == {"recall_at_k": 1.0, "recall_at_2k": 1.0}
+
+
+def test_info_of_random_routing_finds_nothing_to_predict(info: dict[str, Any]) -> None:
+    for scores in info["baselines"]["recall"]["popularity"].values():
+        assert scores["recall_at_k"] < 0.5
+
+
+def test_info_prints_what_it_finds(tmp_path: Path, capsys: Captured) -> None:
+    run("import", write_npz(tmp_path / "x.npz", made_up_trace(lengths=(5,) * 6)), "--out", tmp_path / "t")
+    assert run("info", tmp_path / "t") == 0
+    printed = capsys.readouterr().out
+    for part in ("top-2, with token ids and gates", "30 tokens of 6 sequences", "domain 1", "layer markov"):
+        assert part in printed
+
+
+def test_info_says_when_sequences_are_too_few_to_hold_one_out(tmp_path: Path, capsys: Captured) -> None:
+    assert run("info", write_npz(tmp_path / "x.npz"), "--json", tmp_path / "x.json") == 0
+    assert "on whole sequences, 5 at least, and here are 3" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["baselines"] is None
+
+
+def test_info_of_single_tokens_has_no_locality(tmp_path: Path, capsys: Captured) -> None:
+    trace = made_up_trace(lengths=(1, 1), gates=False, token_ids=False)
+    assert run("info", write_npz(tmp_path / "x.npz", trace), "--json", tmp_path / "x.json") == 0
+    assert "with neither token ids nor gates" in capsys.readouterr().out
+    assert json.loads((tmp_path / "x.json").read_text())["temporal_locality"] is None
+
+
+def test_info_shortens_a_long_list_of_domains(tmp_path: Path, capsys: Captured) -> None:
+    domains = np.array([f"domain {number}" for number in range(3)])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("specmoe.commands.traces.MAX_DOMAINS_SHOWN", 2)
+        run("info", write_npz(tmp_path / "x.npz", domains=domains))
+    assert "and 1 domains more" in capsys.readouterr().out
+
+
+def test_info_of_a_malformed_file_names_it(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "x.npz").write_bytes(b"PK\3\4")
+    assert run("info", tmp_path / "x.npz") == 2
+    assert f"specmoe: {tmp_path / 'x.npz'} cannot be read as .npz" in capsys.readouterr().err
