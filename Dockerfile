@@ -26,6 +26,7 @@ RUN case "${RUNTIME}" in \
     esac
 
 FROM build AS build-training
+ARG WHEELS=
 RUN --mount=type=bind,target=/src --mount=type=cache,target=/var/cache/pip \
     /opt/pip/bin/pip --python /opt/specmoe/bin/python install --constraint /src/constraints.txt \
         ${WHEELS:+--no-index --find-links "/src/${WHEELS}"} '/src[training]'
