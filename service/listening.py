@@ -5,10 +5,12 @@ specmoe serve --uds /run/specmoe.sock
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import ipaddress
 import socket
 import stat
+from collections.abc import Iterator
 from pathlib import Path
 
 from service.errors import AddressUnavailable
@@ -17,9 +19,19 @@ from service.settings import Settings
 BACKLOG = 2048
 
 
-def listen(settings: Settings) -> socket.socket:
-    """A listening socket at the Unix path, or else at host and port. Raises AddressUnavailable."""
-    return _listen_unix(settings.uds) if settings.uds else _listen_tcp(settings.host, settings.port)
+@contextlib.contextmanager
+def listening(settings: Settings) -> Iterator[socket.socket]:
+    """A listening socket at the Unix path, or else at host and port; its path is free again afterwards.
+
+    Raises AddressUnavailable.
+    """
+    listener = _listen_unix(settings.uds) if settings.uds else _listen_tcp(settings.host, settings.port)
+    try:
+        yield listener
+    finally:
+        listener.close()
+        if settings.uds:
+            settings.uds.unlink(missing_ok=True)
 
 
 def address(listener: socket.socket) -> str:
@@ -35,14 +47,6 @@ def beyond_this_machine(listener: socket.socket) -> bool:
     return (
         listener.family != socket.AF_UNIX and not ipaddress.ip_address(listener.getsockname()[0]).is_loopback
     )
-
-
-def close(listener: socket.socket) -> None:
-    """Stop listening; a Unix socket leaves its path free."""
-    path = Path(listener.getsockname()) if listener.family == socket.AF_UNIX else None
-    listener.close()
-    if path:
-        path.unlink(missing_ok=True)
 
 
 def _listen_tcp(host: str, port: int) -> socket.socket:

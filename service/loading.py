@@ -69,7 +69,7 @@ class Loader:
         self._metrics = metrics
         self._thread = ThreadPoolExecutor(1, "store")
         self._under_way: dict[tuple[str, int], asyncio.Task[Running]] = {}
-        self._refused: dict[tuple[str, int], tuple[SpecMoEError, float]] = {}
+        self._refused: dict[tuple[str, int], tuple[VersionRefused, float]] = {}
 
     async def read(self, function: Callable[P, T], *arguments: P.args, **named: P.kwargs) -> T:
         """Something that asks the store and so may block."""
@@ -118,7 +118,8 @@ class Loader:
     def _raise_if_refused(self, model: str, version: int) -> None:
         refused = self._refused.get((model, version))
         if refused and time.monotonic() - refused[1] < REFUSED_FOR_SECONDS:
-            raise refused[0]
+            # Made anew: an error that is raised again and again gathers a traceback without end.
+            raise VersionRefused(refused[0].message, remedy=refused[0].remedy)
 
 
 def _load(store: Store, settings: Settings, metrics: Metrics, model: str, version: int) -> Running:

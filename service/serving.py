@@ -14,7 +14,7 @@ import logging
 from collections import OrderedDict
 from dataclasses import dataclass, field
 
-from model_store.store import Store
+from model_store.store import PRODUCTION, Store
 from service.errors import ModelNotReady, ModelNotServed
 from service.loading import Loader, Running
 from service.metrics import Metrics
@@ -37,6 +37,13 @@ class Served:
     reason: str | None = "It has not been loaded yet."
     versions: list[int] = field(default_factory=list)
     aliases: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def selector(self) -> int | str | None:
+        """What is followed: as the settings say, or `production` where they say nothing and there is one."""
+        if self.choice.selector is None and PRODUCTION in self.aliases:
+            return PRODUCTION
+        return self.choice.selector
 
 
 class Serving:
@@ -86,7 +93,7 @@ class Serving:
         """The version that answers. Raises ModelNotServed, ModelNotReady, VersionRefused, StoreError."""
         served = self.find(model)
         running = served.running
-        if selector is None or selector == served.choice.selector:
+        if selector is None or selector == served.selector:
             if running is None:
                 raise ModelNotReady(f"{model} is not ready: {served.reason}", remedy=WAIT)
             return running

@@ -36,18 +36,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or SIGINT, then let the requests in flight finish."""
-    from service.listening import close, listen
+    from service.listening import listening
     from service.logs import log_to_stderr
 
     settings = read_settings(**vars(args))
     log_to_stderr(settings.log_level)
     store = open_store(settings.store)
     check_models(store, settings)
-    listener = listen(settings)
-    try:
+    with listening(settings) as listener:
         _serve(settings, store, listener)
-    finally:
-        close(listener)
     return 0
 
 

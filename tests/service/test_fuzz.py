@@ -45,10 +45,13 @@ token = st.fixed_dictionaries(
     optional={
         "token_id": perhaps(st.integers(-1, 2**31)),
         "experts": rows(st.integers(-1, 8)) | st.integers(0, 4).map(lambda seen: FINISHED[:seen]),
-        "gates": rows(st.floats() | st.integers(-1, 3)) | st.integers(0, 4).map(lambda seen: [[0.5, 1]] * seen),
+        "gates": rows(st.floats() | st.integers(-1, 3))
+        | st.integers(0, 4).map(lambda seen: [[0.5, 1]] * seen),
     },
 )
-sequence = st.tuples(token, st.lists(finished | token, max_size=3)).map(lambda pair: {**pair[0], "context": pair[1]})
+sequence = st.tuples(token, st.lists(finished | token, max_size=3)).map(
+    lambda pair: {**pair[0], "context": pair[1]}
+)
 request = st.fixed_dictionaries(
     {"model": perhaps(st.just("toy")), "sequences": perhaps(st.lists(sequence, max_size=6))},
     optional={

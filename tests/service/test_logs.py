@@ -17,7 +17,9 @@ from service.logs import JsonFormatter
 
 def line(message: str, *args: object, exc_info: Any = None, **extra: object) -> dict[str, Any]:
     logger = logging.getLogger("somewhere")
-    record = logger.makeRecord("somewhere", logging.WARNING, "file.py", 3, message, args, exc_info, extra=extra)
+    record = logger.makeRecord(
+        "somewhere", logging.WARNING, "file.py", 3, message, args, exc_info, extra=extra
+    )
     text = JsonFormatter().format(record)
     assert "\n" not in text
     fields: dict[str, Any] = json.loads(text)
@@ -41,6 +43,8 @@ def test_a_traceback_stays_on_its_line() -> None:
         assert "first\nsecond" in line("failed", exc_info=sys.exc_info())["traceback"]
 
 
-@pytest.mark.parametrize("value", [b"bytes", {1: 2}, {"set"}, object(), ValueError("x")], ids=lambda v: type(v).__name__)
+@pytest.mark.parametrize(
+    "value", [b"bytes", {1: 2}, {"set"}, object(), ValueError("x")], ids=lambda v: type(v).__name__
+)
 def test_whatever_is_logged_becomes_json(value: object) -> None:
     assert "value" in line("odd", value=value)

@@ -40,32 +40,59 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "version huge": (body(version=2**40), "version is 1099511627776, expected a version number"),
     "version a float": (body(version=1.0), "version is 1.0, expected a version number"),
     "version a path": (body(version="../2"), "version is '../2', expected a version number"),
-    "version in upper case": (body(version="Production"), "version is 'Production', expected a version number"),
+    "version in upper case": (
+        body(version="Production"),
+        "version is 'Production', expected a version number",
+    ),
     "token id text": (body({"token_id": "5"}), f"{SEQUENCE}.token_id is '5', expected a valid integer"),
     "token id negative": (body({"token_id": -1}), f"{SEQUENCE}.token_id is -1, expected greater than"),
     "token id huge": (body({"token_id": 2**31}), f"{SEQUENCE}.token_id is 2147483648, expected less than"),
     "token id a float": (body({"token_id": 1.5}), f"{SEQUENCE}.token_id is 1.5, expected a valid integer"),
-    "expert negative": (body({"experts": [[0, -1]]}), f"{SEQUENCE}.experts[0][1] is -1, expected greater than"),
-    "expert beyond the last": (body({"experts": [[0, 8]]}), f"{SEQUENCE}.experts[0][1] is 8, expected 0 to 7."),
-    "expert beyond any model": (body({"experts": [[0, 9999]]}), f"{SEQUENCE}.experts[0][1] is 9999, expected"),
+    "expert negative": (
+        body({"experts": [[0, -1]]}),
+        f"{SEQUENCE}.experts[0][1] is -1, expected greater than",
+    ),
+    "expert beyond the last": (
+        body({"experts": [[0, 8]]}),
+        f"{SEQUENCE}.experts[0][1] is 8, expected 0 to 7.",
+    ),
+    "expert beyond any model": (
+        body({"experts": [[0, 9999]]}),
+        f"{SEQUENCE}.experts[0][1] is 9999, expected",
+    ),
     "expert true": (body({"experts": [[0, True]]}), f"{SEQUENCE}.experts[0][1] is true, expected a valid"),
     "expert in a later context": (
         body({}, {"context": [{"experts": FINISHED}, {"experts": [*FINISHED[:3], [1, 9]]}]}),
         "sequences[1].context[1].experts[3][1] is 9, expected 0 to 7.",
     ),
-    "too few slots": (body({"experts": [[0, 1], [2]]}), f"{SEQUENCE}.experts[1] has 1 entries, expected top_k = 2."),
-    "too many slots": (body({"experts": [[0, 1, 2]]}), f"{SEQUENCE}.experts[0] has 3 entries, expected top_k = 2."),
+    "too few slots": (
+        body({"experts": [[0, 1], [2]]}),
+        f"{SEQUENCE}.experts[1] has 1 entries, expected top_k = 2.",
+    ),
+    "too many slots": (
+        body({"experts": [[0, 1, 2]]}),
+        f"{SEQUENCE}.experts[0] has 3 entries, expected top_k = 2.",
+    ),
     "slots of one": (body({"experts": [[3]]}), f"{SEQUENCE}.experts[0] has 1 entries, expected top_k = 2."),
     "no slots": (body({"experts": [[]]}), f"{SEQUENCE}.experts[0] has 0 entries, expected top_k = 2."),
     "expert twice": (body({"experts": [[4, 4]]}), f"{SEQUENCE}.experts[0] is [4, 4]: not all different."),
     "experts flat": (body({"experts": [0, 1]}), f"{SEQUENCE}.experts[0] is 0, expected a valid"),
-    "token finished": (body({"experts": FINISHED}), f"{SEQUENCE}.experts has 4 layers, expected at most 3 of 4"),
+    "token finished": (
+        body({"experts": FINISHED}),
+        f"{SEQUENCE}.experts has 4 layers, expected at most 3 of 4",
+    ),
     "context unfinished": (
         body({"context": [{"experts": FINISHED[:3]}]}),
         f"{SEQUENCE}.context[0].experts has 3 layers, expected 4: a finished token has them all.",
     ),
-    "context empty token": (body({"context": [{}]}), f"{SEQUENCE}.context[0].experts has 0 layers, expected 4"),
-    "gates without experts": (body({"gates": [[1, 1]]}), f"{SEQUENCE}.gates has 1 layers, its experts have 0."),
+    "context empty token": (
+        body({"context": [{}]}),
+        f"{SEQUENCE}.context[0].experts has 0 layers, expected 4",
+    ),
+    "gates without experts": (
+        body({"gates": [[1, 1]]}),
+        f"{SEQUENCE}.gates has 1 layers, its experts have 0.",
+    ),
     "gates of fewer layers": (
         body({"experts": FINISHED[:2], "gates": [[1, 1]]}),
         f"{SEQUENCE}.gates has 1 layers, its experts have 2.",
@@ -103,8 +130,14 @@ MALFORMED: dict[str, tuple[dict[str, Any], str]] = {
     "coverage zero": (body(coverage=0), "coverage is 0, expected greater than 0"),
     "coverage one": (body(coverage=1), "coverage is 1, expected less than 1"),
     "coverage in percent": (body(coverage=95), "coverage is 95, expected less than 1"),
-    "coverage above the table": (body(coverage=0.999), "Coverage 0.999 was asked for, expected above 0 and at most 0.99"),
-    "top_n and coverage": (body(top_n=4, coverage=0.9), "top_n and coverage came together, expected one of them."),
+    "coverage above the table": (
+        body(coverage=0.999),
+        "Coverage 0.999 was asked for, expected above 0 and at most 0.99",
+    ),
+    "top_n and coverage": (
+        body(top_n=4, coverage=0.9),
+        "top_n and coverage came together, expected one of them.",
+    ),
     "combine unknown": (body(combine="both"), "combine is 'both', expected 'per_sequence' or 'union'."),
 }
 
@@ -136,7 +169,9 @@ async def test_a_malformed_request_is_told_field_and_expectation(
 
 
 @pytest.mark.parametrize("content", NOT_JSON.values(), ids=NOT_JSON.keys())
-async def test_a_body_that_is_not_json_of_finite_numbers_is_refused(client: httpx.AsyncClient, content: bytes) -> None:
+async def test_a_body_that_is_not_json_of_finite_numbers_is_refused(
+    client: httpx.AsyncClient, content: bytes
+) -> None:
     response = await client.post("/v1/predict", content=content, headers=JSON)
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
@@ -179,7 +214,11 @@ async def test_json_with_its_charset_named_is_taken(client: httpx.AsyncClient) -
 @pytest.mark.parametrize(
     ("request_body", "code", "message"),
     [
-        (body() | {"model": "other"}, "model_not_found", "This service does not serve that model. It serves: toy."),
+        (
+            body() | {"model": "other"},
+            "model_not_found",
+            "This service does not serve that model. It serves: toy.",
+        ),
         (body(version=3), "version_not_found", "toy has no version 3."),
         (body(version="candidate"), "version_not_found", "toy has no alias 'candidate'."),
     ],
@@ -197,7 +236,10 @@ async def test_what_is_not_there_is_404(
     ("sequences", "message"),
     [
         ([{}] * 4, "sequences has 4 entries, at most 3 are allowed."),
-        ([{"context": [{"experts": FINISHED}] * 3}] * 2, "The contexts have 6 tokens in all, at most 5 are allowed."),
+        (
+            [{"context": [{"experts": FINISHED}] * 3}] * 2,
+            "The contexts have 6 tokens in all, at most 5 are allowed.",
+        ),
     ],
     ids=["sequences", "context"],
 )

@@ -73,7 +73,9 @@ async def test_no_more_of_a_chunked_body_is_read_than_is_allowed(shared_store: P
 
 
 @pytest.mark.parametrize("declared", ["-1", "1e3", "", "9" * 30])
-async def test_a_content_length_that_is_no_number_is_refused(client: httpx.AsyncClient, declared: str) -> None:
+async def test_a_content_length_that_is_no_number_is_refused(
+    client: httpx.AsyncClient, declared: str
+) -> None:
     response = await client.post("/v1/predict", content=SMALL, headers=JSON | {"content-length": declared})
     assert (response.status_code, response.json()["code"]) == (422, "invalid_request")
 
@@ -91,7 +93,9 @@ async def test_a_body_that_does_not_arrive_is_given_up(shared_store: Path) -> No
     assert (response.status_code, response.json()["code"]) == (408, "body_timeout")
 
 
-async def test_predictions_beyond_the_limit_are_refused_and_everything_else_answers(shared_store: Path) -> None:
+async def test_predictions_beyond_the_limit_are_refused_and_everything_else_answers(
+    shared_store: Path,
+) -> None:
     arrived, rest = asyncio.Event(), asyncio.Event()
 
     async def slow() -> AsyncIterator[bytes]:
@@ -177,8 +181,14 @@ async def test_the_access_log_tells_of_a_request_but_not_of_its_routing(
     settings = Settings(store=str(shared_store), access_log_share=1.0)
     async with running_app(settings) as client:
         await predict(client, {"token_id": 31337, "context": [{"token_id": 31338, "experts": FINISHED}]})
-    (record,) = [r for r in caplog.records if r.getMessage() == "request" and r.__dict__["path"] == "/v1/predict"]
-    assert (record.__dict__["status"], record.__dict__["outcome"], record.__dict__["version"]) == (200, "ok", "2")
+    (record,) = [
+        r for r in caplog.records if r.getMessage() == "request" and r.__dict__["path"] == "/v1/predict"
+    ]
+    assert (record.__dict__["status"], record.__dict__["outcome"], record.__dict__["version"]) == (
+        200,
+        "ok",
+        "2",
+    )
     assert "3133" not in str([vars(record) for record in caplog.records])
 
 

@@ -93,7 +93,9 @@ async def test_large_and_small_requests_are_answered_alike(client: httpx.AsyncCl
 
 async def test_a_body_too_long_to_parse_inline_is_answered_alike(client: httpx.AsyncClient) -> None:
     long = {"context": [{"experts": FINISHED}] * 600}
-    assert (await predict(client, long, long))["predictions"][0] == (await predict(client, long))["predictions"][0]
+    assert (await predict(client, long, long))["predictions"][0] == (await predict(client, long))[
+        "predictions"
+    ][0]
 
 
 async def test_distance_counts_from_the_last_layer_seen(client: httpx.AsyncClient) -> None:
@@ -109,7 +111,9 @@ async def test_expected_recall_is_the_listed_probability_over_top_k(client: http
     )
 
 
-async def test_twice_the_routed_experts_are_listed_where_nothing_else_is_asked(client: httpx.AsyncClient) -> None:
+async def test_twice_the_routed_experts_are_listed_where_nothing_else_is_asked(
+    client: httpx.AsyncClient,
+) -> None:
     (layers,) = (await predict(client, START))["predictions"]
     assert {len(entry["experts"]) for entry in layers} == {2 * TOP_K}
 
@@ -147,11 +151,15 @@ async def test_union_is_the_probability_that_a_sequence_still_needs_the_expert(
         assert entry["probabilities"] == sorted(entry["probabilities"], reverse=True)
 
 
-async def test_union_with_coverage_holds_every_sequences_set_and_nothing_else(client: httpx.AsyncClient) -> None:
+async def test_union_with_coverage_holds_every_sequences_set_and_nothing_else(
+    client: httpx.AsyncClient,
+) -> None:
     alone = (await predict(client, *SEQUENCES, coverage=0.9))["predictions"]
     together = (await predict(client, *SEQUENCES, coverage=0.9, combine="union"))["union"]
     for entry in together:
-        sets = [set(other["experts"]) for layers in alone for other in layers if other["layer"] == entry["layer"]]
+        sets = [
+            set(other["experts"]) for layers in alone for other in layers if other["layer"] == entry["layer"]
+        ]
         assert set(entry["experts"]) == set().union(*sets)
 
 

@@ -72,7 +72,9 @@ def test_an_unexpected_error_tells_nothing_of_itself() -> None:
 
 
 @pytest.mark.anyio
-async def test_a_fault_is_500_with_the_request_id_and_stands_in_the_log(caplog: pytest.LogCaptureFixture) -> None:
+async def test_a_fault_is_500_with_the_request_id_and_stands_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     app = create_app(Settings())
 
     @app.get("/fault")

@@ -31,7 +31,9 @@ def test_the_documentation_lists_every_setting_and_no_other() -> None:
 def test_the_documentation_tells_the_default(name: str) -> None:
     default = Settings.model_fields[name].default
     said = documented()[variable(name)]
-    assert said == {None: "unset", (): "empty"}.get(default, f"{default:g}" if isinstance(default, float) else str(default))
+    assert said == {None: "unset", (): "empty"}.get(
+        default, f"{default:g}" if isinstance(default, float) else str(default)
+    )
 
 
 @pytest.mark.parametrize("name", Settings.model_fields)
@@ -73,7 +75,10 @@ def test_an_unknown_variable_is_refused_with_the_likeliest_meant() -> None:
         ({"access_log_share": "2"}, "SPECMOE_ACCESS_LOG_SHARE is '2': expected less than or equal to 1"),
         ({"body_timeout_seconds": "0"}, "SPECMOE_BODY_TIMEOUT_SECONDS is '0': expected greater than 0"),
         ({"follow_seconds": "nan"}, "SPECMOE_FOLLOW_SECONDS is 'nan'"),
-        ({"max_in_flight": "0", "log_level": "loud"}, "SPECMOE_MAX_IN_FLIGHT is '0'.*SPECMOE_LOG_LEVEL is 'loud'"),
+        (
+            {"max_in_flight": "0", "log_level": "loud"},
+            "SPECMOE_MAX_IN_FLIGHT is '0'.*SPECMOE_LOG_LEVEL is 'loud'",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
