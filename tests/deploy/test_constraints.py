@@ -19,8 +19,7 @@ PINS = {
         Requirement, re.findall(r"^[^#\s].*$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     )
 }
-# Ours, and the installers that every virtual environment begins with.
-UNPINNED = {"specmoe", "specmoe-client", "pip", "setuptools", "wheel"}
+OURS = {"specmoe", "specmoe-client"}
 
 
 def requirements() -> list[Requirement]:
@@ -34,16 +33,29 @@ def test_every_pin_is_exact_and_of_no_build() -> None:
     assert [name for name, pin in PINS.items() if not re.fullmatch(r"==[\w.]+", str(pin))] == []
 
 
+def needed(requirement: Requirement, found: dict[str, set[str]]) -> None:
+    """Add what a requirement installs, and what that needs, to `found`: name -> extras seen."""
+    name = canonicalize_name(requirement.name)
+    extras = {"", *requirement.extras}
+    new = extras - found.setdefault(name, set())
+    found[name] |= new
+    for text in importlib.metadata.requires(name) or () if new else ():
+        then = Requirement(text)
+        if then.marker is None or any(then.marker.evaluate({"extra": extra}) for extra in new):
+            needed(then, found)
+
+
 def test_what_is_installed_is_what_is_pinned() -> None:
-    installed = {
-        canonicalize_name(distribution.metadata["Name"]): distribution.version
-        for distribution in importlib.metadata.distributions()
-    }
+    found: dict[str, set[str]] = {}
+    for ours in ("specmoe[dev]", "specmoe-client"):
+        needed(Requirement(ours), found)
+    installed = {name: importlib.metadata.version(name) for name in found.keys() - OURS}
     drifted = {
         name: version
         for name, version in installed.items()
-        if name not in UNPINNED and (name not in PINS or not PINS[name].contains(version, prereleases=True))
+        if name not in PINS or not PINS[name].contains(version, prereleases=True)
     }
+    assert len(installed) > 50
     assert drifted == {}
 
 
