@@ -45,7 +45,25 @@ def load(path: Path) -> RoutingTrace:
     files = trace_files(path)
     if files[0].suffix == PARQUET:  # its shards belong together
         return _read_parquet(path)
-    return concatenate([READERS[file.suffix](file) for file in files])
+    traces = [READERS[file.suffix](file) for file in files]
+    for file, trace in zip(files, traces, strict=True):
+        check_same_model(trace, file, traces[0], files[0])
+    return concatenate(traces)
+
+
+def check_same_model(trace: RoutingTrace, file: Path, first: RoutingTrace, first_file: Path) -> None:
+    """Raise TraceError where a file's trace does not go with that of the first one of its folder."""
+    if trace.spec != first.spec:
+        raise TraceError(
+            f"{file} is of {trace.spec}, but {first_file} of {first.spec}.",
+            remedy="Keep each model's traces in a folder of their own.",
+        )
+    if (trace.gates is None) != (first.gates is None):
+        with_gates, without = (first_file, file) if trace.gates is None else (file, first_file)
+        raise TraceError(
+            f"{with_gates} has gates, {without} has none.",
+            remedy="Keep traces with and without gates in folders of their own.",
+        )
 
 
 def trace_files(path: Path) -> list[Path]:

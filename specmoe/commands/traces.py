@@ -23,8 +23,9 @@ import numpy as np
 from tqdm import tqdm
 
 from traces.errors import TraceError
-from traces.files import NPZ, PARQUET, digest, load, trace_files
+from traces.files import NPZ, PARQUET, check_same_model, digest, load, trace_files
 from traces.importers import npz
+from traces.spec import RoutingSpec
 from traces.statistics import temporal_locality, usage_entropy
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace
 
@@ -72,29 +73,40 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _import(source: Path, out: Path, model: str | None, domain: str | None) -> None:
-    from traces.parquet import TraceWriter, check_free
+    from traces.parquet import check_free
 
     files = trace_files(source)
     if files[0].suffix == PARQUET:
         raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
     check_free(out)
     provenance = {"source": source.resolve().name, "sha256": digest(source)}
-    recordings = (_recording(file, model, domain) for file in files)
+    with tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
+        recordings = (_recording(file, model, domain) for file in files)
+        spec, counts = _write(out, provenance, files, recordings, bar)
+    print(f"{out}: {_counted(counts)} of {spec.model}.")
+    if counts["left_out"]:
+        print(f"{counts['left_out']:,} prompt tokens were left out: the recorder has no last layer of them.")
+
+
+def _write(
+    out: Path, provenance: dict[str, str], files: list[Path], recordings: Iterator[_Recording], bar: tqdm[Any]
+) -> tuple[RoutingSpec, Counter[str]]:
+    """One set of shards of the files' recordings. Returns their spec, and how many tokens and sequences."""
+    from traces.parquet import TraceWriter
+
+    counts: Counter[str] = Counter()
     first = next(recordings)
-    tokens = sequences = left_out = 0
-    with (
-        TraceWriter(out, first.trace.spec, **_columns(first.trace), provenance=provenance) as writer,
-        tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="importing", disable=None) as bar,
-    ):
-        for file, (trace, dropped) in zip(files, chain([first], recordings), strict=True):
+    form = _columns(first.trace)
+    with TraceWriter(out, first.trace.spec, **form, provenance=provenance) as writer:
+        for file, (trace, left_out) in zip(files, chain([first], recordings), strict=True):
+            check_same_model(trace, file, first.trace, files[0])
+            before, tokens = bar.n, 0
             for piece in _pieces(trace):
                 writer.append(piece)
-                bar.update(_size(file) * piece.num_tokens // trace.num_tokens)
-            tokens, sequences = tokens + trace.num_tokens, sequences + trace.num_sequences
-            left_out += dropped
-    print(f"{out}: {_counted({'tokens': tokens, 'sequences': sequences})} of {first.trace.spec.model}.")
-    if left_out:
-        print(f"{left_out:,} prompt tokens were left out: the recorder has no last layer of them.")
+                tokens += piece.num_tokens
+                bar.update(before + _size(file) * tokens // trace.num_tokens - bar.n)
+            counts.update(tokens=trace.num_tokens, sequences=trace.num_sequences, left_out=left_out)
+    return first.trace.spec, counts
 
 
 class _Recording(NamedTuple):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -71,6 +72,16 @@ def test_a_long_file_is_written_in_pieces_and_stays_the_same(
     assert same(load(tmp_path / "t"), trace)
 
 
+def test_an_import_shows_a_bar_that_ends_at_the_end(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    trace = made_up_trace(lengths=(1,) * 49)
+    run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")
+    assert "importing: 100%" in capsys.readouterr().err
+
+
 def test_nothing_is_overwritten(tmp_path: Path, capsys: Captured) -> None:
     source = write_npz(tmp_path / "x.npz")
     assert run("import", source, "--out", tmp_path) == 2
@@ -92,7 +103,7 @@ def test_traces_of_two_models_are_not_imported_together(tmp_path: Path, capsys: 
     write_npz(tmp_path / "in" / "a.npz")
     write_npz(tmp_path / "in" / "b.npz", made_up_trace(RoutingSpec("other", 3, 8, 2)))
     assert run("import", tmp_path / "in", "--out", tmp_path / "t") == 2
-    assert "model='other'" in capsys.readouterr().err
+    assert "b.npz is of RoutingSpec(model='other'" in capsys.readouterr().err
 
 
 def test_a_source_that_names_its_domains_keeps_them(tmp_path: Path, capsys: Captured) -> None:

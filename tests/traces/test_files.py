@@ -46,7 +46,14 @@ def test_a_folder_of_npz_files_is_put_together_in_name_order(tmp_path: Path) -> 
 def test_a_folder_with_traces_of_two_models_is_refused(tmp_path: Path) -> None:
     write_npz(tmp_path / "a.npz")
     write_npz(tmp_path / "b.npz", made_up_trace(RoutingSpec("other", 3, 8, 2)))
-    with pytest.raises(TraceError, match=r"different models.*toy.*other"):
+    with pytest.raises(TraceError, match=r"b\.npz is of .*other.*, but .*a\.npz of .*toy"):
+        load(tmp_path)
+
+
+def test_a_folder_with_gates_in_one_file_only_is_refused(tmp_path: Path) -> None:
+    write_npz(tmp_path / "a.npz", made_up_trace(gates=False))
+    write_npz(tmp_path / "b.npz")
+    with pytest.raises(TraceError, match=r"b\.npz has gates, .*a\.npz has none"):
         load(tmp_path)
 
 
