@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -259,7 +260,8 @@ class TraceWriter:
 
     def _remove(self) -> None:
         """Take away what was written, and the folder where it was made here."""
-        self._file.close()
+        with suppress(OSError, pa.ArrowException):  # it has failed already, on a full disk perhaps
+            self._file.close()
         self._temporary.unlink(missing_ok=True)
         for number in range(self._shard):
             (self._folder / shard_name(number)).unlink(missing_ok=True)

@@ -65,8 +65,9 @@ def run(args: argparse.Namespace) -> int:
         else:
             _info(args.path, args.json)
     except OSError as error:
+        file = error.filename or vars(args).get("out", "A file")
         raise TraceError(
-            f"{error.filename or 'A file'} cannot be read or written: {error.strerror}.",
+            f"{file} cannot be read or written: {error.strerror or error}.",
             remedy="Check permissions and free space.",
         ) from error
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import sys
 from pathlib import Path
@@ -123,6 +124,18 @@ def test_an_unwritable_place_is_named(tmp_path: Path, capsys: Captured) -> None:
     source = write_npz(tmp_path / "x.npz")
     assert run("import", source, "--out", tmp_path / "file" / "t") == 2
     assert f"{tmp_path / 'file'}" in capsys.readouterr().err
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("traces.parquet._sync", full)
+    assert run("import", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "t") == 2
+    assert f"{tmp_path / 't'} cannot be read or written: No space left" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 from hypothesis import strategies as st
 
+from traces.parquet import TraceWriter
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, starts_of
 
@@ -78,6 +80,27 @@ def write_npz(path: Path, trace: RoutingTrace | None = None, **replaced: Any) ->
     arrays = npz_arrays(made_up_trace() if trace is None else trace) | replaced
     np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
     return path
+
+
+def write_shards(
+    folder: Path, trace: RoutingTrace, max_shard_tokens: int = 1000, source: str = "made up"
+) -> Path:
+    """The trace as Parquet shards; what was in the folder goes."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with TraceWriter(
+        folder,
+        trace.spec,
+        gates=trace.gates is not None,
+        token_ids=trace.token_ids is not None,
+        provenance={"source": source},
+        max_shard_tokens=max_shard_tokens,
+    ) as writer:
+        writer.append(trace)
+    return folder
+
+
+def files(folder: Path) -> list[Path]:
+    return sorted(folder.iterdir())
 
 
 COLUMN_NAMES = "turn,phase,step,layer,slot,expert,weight,residency,expert_bytes"
