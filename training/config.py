@@ -15,10 +15,8 @@ class TrainConfig:
     batch_tokens: tokens of a step, over all processes (count; a multiple of block_tokens).
     block_tokens: consecutive tokens drawn together, so that their history is built once (count).
     prefixes: prefixes of seen layers tried for each token of a step, the empty one among them (count).
-    learning_rate: peak step size of AdamW, for embeddings, norms and biases (1).
-    matrix_learning_rate: peak step size of Muon, for weight matrices (root mean square of an update, 1).
-    weight_decay: decoupled decay of embeddings (1 / step size).
-    matrix_weight_decay: decoupled decay of weight matrices (1 / step size).
+    learning_rate: peak step size of AdamW (1).
+    weight_decay: decoupled decay of weight matrices and embeddings (1 / step size).
     warmup_steps: steps until the peak step size; after it, a cosine down to 0 (count).
     averaging: decay of the running average of the weights, which is what is evaluated and served (per step).
     drop_token_id: share of tokens trained as if no token id were known (0 to 1).
@@ -35,9 +33,7 @@ class TrainConfig:
     block_tokens: int = 16
     prefixes: int = 4
     learning_rate: float = 2e-3
-    matrix_learning_rate: float = 2e-3
     weight_decay: float = 0.05
-    matrix_weight_decay: float = 0.1
     warmup_steps: int = 100
     averaging: float = 0.999
     drop_token_id: float = 0.15
@@ -51,9 +47,8 @@ class TrainConfig:
     def __post_init__(self) -> None:
         for name in ("passes", "batch_tokens", "block_tokens", "prefixes", "evaluate_every", "patience"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("learning_rate", "matrix_learning_rate"):
-            _demand(0 < getattr(self, name) < 1, name, getattr(self, name), "between 0 and 1")
-        for name in ("weight_decay", "matrix_weight_decay", "warmup_steps", "seed"):
+        _demand(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
+        for name in ("weight_decay", "warmup_steps", "seed"):
             _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "rare_token"):
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")

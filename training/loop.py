@@ -27,7 +27,7 @@ from training.config import TrainConfig
 from training.dataset import Batch, Blocks
 from training.errors import RunInvalid, TrainingError
 from training.loss import set_loss, unseen
-from training.optimizer import optimizers
+from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
 from training.predictors.prefix import PrefixPredictor
 from training.processes import Processes
@@ -77,7 +77,7 @@ class Trainer:
         )
         self.predictor = predictor.to(where.device)
         self.average = AveragedModel(predictor, multi_avg_fn=averaging(config.averaging))
-        self.optimizers = optimizers(predictor, config)
+        self.optimizer = optimizer(predictor, config)
         self.total_steps = config.passes * steps_per_pass(train, config)
         self.step = 0
         self.best = math.inf
@@ -120,11 +120,8 @@ class Trainer:
         weight = _total_weight(plan, lengths, self.train.spec.num_layers)
         torch.manual_seed(hash((self.config.seed, self.step, self.where.rank)) & 0xFFFFFFFF)
         rate = schedule(self.step, self.total_steps, self.config.warmup_steps)
-        for optimizer, peak in zip(
-            self.optimizers, (self.config.matrix_learning_rate, self.config.learning_rate), strict=True
-        ):
-            for group in optimizer.param_groups:
-                group["lr"] = peak * rate
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate * rate
         self.predictor.train()
         self.predictor.zero_grad()
         part = plan.part(self.where.rank, self.where.world)
@@ -134,15 +131,14 @@ class Trainer:
             loss.backward()
         self.where.sum_gradients(self.predictor)
         nn.utils.clip_grad_norm_(self.predictor.parameters(), MAX_GRADIENT_NORM)
-        for optimizer in self.optimizers:
-            optimizer.step()
+        self.optimizer.step()
         self.average.update_parameters(self.predictor)
         self.step += 1
         total = float(self.where.sum(loss.detach()))
         if not math.isfinite(total):
             raise TrainingError(
                 f"The loss became {total} at step {self.step}.",
-                remedy="Lower --learning-rate and --matrix-learning-rate, or raise --warmup-steps.",
+                remedy="Lower --learning-rate or raise --warmup-steps.",
             )
         return total
 
@@ -227,7 +223,7 @@ class Trainer:
                 {
                     "predictor": self.predictor.state_dict(),
                     "average": self.average.state_dict(),
-                    "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+                    "optimizer": self.optimizer.state_dict(),
                     "step": self.step,
                     "best": self.best,
                     "looks_since_best": self.looks_since_best,
@@ -242,8 +238,7 @@ class Trainer:
         try:
             self.predictor.load_state_dict(saved["predictor"])
             self.average.load_state_dict(saved["average"])
-            for optimizer, state in zip(self.optimizers, saved["optimizers"], strict=True):
-                optimizer.load_state_dict(state)
+            self.optimizer.load_state_dict(saved["optimizer"])
         except (RuntimeError, KeyError, ValueError) as error:
             raise RunInvalid(
                 f"{self.folder / CHECKPOINT} is of another predictor: {str(error).splitlines()[0]}",

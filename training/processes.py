@@ -37,10 +37,12 @@ class Processes:
         """Add up every gradient over all processes, all at once."""
         if self.world == 1:
             return
-        gradients = [p.grad for p in module.parameters() if p.grad is not None]
+        parameters = list(module.parameters())
+        # A process without a share of the step has no gradient at all.
+        gradients = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
         flat = self.sum(torch.cat([gradient.flatten() for gradient in gradients]))
-        for gradient, part in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
-            gradient.copy_(part.view_as(gradient))
+        for parameter, part in zip(parameters, flat.split([p.numel() for p in parameters]), strict=True):
+            parameter.grad = part.view_as(parameter)
 
 
 @contextmanager

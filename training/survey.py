@@ -1,4 +1,4 @@
-"""What a trained predictor says of every prefix of the validation tokens: what calibration and coverage rest on.
+"""What a trained predictor says of every prefix of validation tokens: what calibration and coverage rest on.
 
 trained predictor + validation split -> survey -> calibration tables, coverage tables -> export
 """

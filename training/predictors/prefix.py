@@ -85,12 +85,16 @@ class PrefixPredictor(nn.Module):
 
         rows: of the token table, for the batch's token ids, 0 where unknown (`Vocabulary.rows`).
         """
-        token = self.encode_token(batch, rows)
-        layer = torch.arange(self.spec.num_layers, device=seen.device)
-        known = (layer < seen[..., None])[..., None]  # B P L 1
-        prefix = (self._drop(batch.routing)[:, None] * known).flatten(2)  # B P LE
-        x = token[:, None] + self.routing(prefix) + self.last_seen(seen)
+        x = self.encode_token(batch, rows)[:, None] + self.prefix_sums(batch, seen) + self.last_seen(seen)
         return self.answer(x)
+
+    def prefix_sums(self, batch: Batch, seen: Int64[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
+        """Sum of the embeddings of the experts of the first `seen` layers, all prefixes from one running sum."""
+        spec, width = self.spec, self.config.width
+        table = self.routing.weight.view(width, spec.num_layers, spec.num_experts)
+        layers = torch.einsum("ble,dle->bld", self._drop(batch.routing), table)
+        sums = functional.pad(layers.cumsum(1), (0, 0, 1, 0))  # B L+1 D
+        return sums.gather(1, seen[..., None].expand(-1, -1, width))
 
     def encode_token(self, batch: Batch, rows: Int64[Tensor, "B R"]) -> Float[Tensor, "B D"]:
         """The share of x that is the same for every prefix of a token: its history and its ids."""
