@@ -53,9 +53,7 @@ def per_sequence(
     """For each sequence, its wanted layers in order, as `service.schemas.LayerPrediction`."""
     longest = max(1, int(sizes.max()))
     experts, ranked = rank(probabilities, longest)
-    listed = ranked if sizes.min() == longest else _only_first(ranked, sizes)
-    recall = _plain(expected_recall(listed, spec.top_k))
-    expert_lists, probability_lists = experts.tolist(), _plain(ranked)
+    expert_lists, probability_lists = experts.tolist(), _plain(_with_recall(ranked, sizes, spec))
     return [
         [
             {
@@ -63,7 +61,7 @@ def per_sequence(
                 "distance": layer - seen + 1,
                 "experts": expert_lists[number][layer][:size],
                 "probabilities": probability_lists[number][layer][:size],
-                "expected_recall": recall[number][layer],
+                "expected_recall": probability_lists[number][layer][longest],
             }
             for layer, size in enumerate(row)
             if size
@@ -107,9 +105,18 @@ def _top_n(request: PredictRequest, spec: RoutingSpec) -> int:
     return request.top_n
 
 
-def _only_first(ranked: Float32[np.ndarray, "B L n"], sizes: Sizes) -> Float32[np.ndarray, "B L n"]:
-    """The probabilities of what is listed; 0 behind it."""
-    return np.where(np.arange(ranked.shape[-1]) < sizes[..., None], ranked, np.float32(0))
+def _with_recall(
+    ranked: Float32[np.ndarray, "B L n"], sizes: Sizes, spec: RoutingSpec
+) -> Float32[np.ndarray, "B L n+1"]:
+    """The ranked probabilities, and behind them the expected recall of as many as are listed."""
+    longest = ranked.shape[-1]
+    listed = ranked
+    if sizes.min() < longest:  # what is not listed counts for nothing
+        listed = np.where(np.arange(longest) < sizes[..., None], ranked, np.float32(0))
+    together = np.empty((*ranked.shape[:-1], longest + 1), np.float32)
+    together[..., :longest] = ranked
+    together[..., longest] = expected_recall(listed, spec.top_k)
+    return together
 
 
 def _in_some_set(probabilities: Probabilities, sizes: Sizes) -> Bool[np.ndarray, "L E"]:

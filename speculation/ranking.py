@@ -38,8 +38,10 @@ def rank(
     if n < num_experts * SELECT_BELOW:
         keys = np.partition(keys, n - 1, axis=-1)[..., :n]
     keys.sort(axis=-1)
-    experts = keys[..., :n] & ((1 << ID_BITS) - 1)
-    return experts.astype(np.int32), np.take_along_axis(bits.view(np.float32), experts, axis=-1)
+    keys = keys[..., :n]
+    experts = keys & ((1 << ID_BITS) - 1)
+    ranked = ((experts - keys) >> ID_BITS).astype(np.int32).view(np.float32)
+    return experts.astype(np.int32), ranked
 
 
 def expected_recall(ranked: Float[np.ndarray, "... n"], top_k: int) -> Float[np.ndarray, "..."]:
