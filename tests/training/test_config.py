@@ -1,0 +1,39 @@
+"""Knobs out of range are refused by name; every knob says what it is."""
+
+from dataclasses import fields
+
+import pytest
+
+from training.config import PrefixConfig, TrainConfig
+from training.errors import ConfigInvalid
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (TrainConfig, {"passes": 0}, "passes is 0, expected at least 1. Set --passes"),
+        (TrainConfig, {"learning_rate": 2.0}, "learning_rate is 2.0, expected between 0 and 1"),
+        (TrainConfig, {"learning_rate": float("nan")}, "learning_rate is nan"),
+        (TrainConfig, {"drop_gates": 1.0}, "drop_gates is 1.0"),
+        (TrainConfig, {"seed": -1}, "seed is -1, expected 0 or more"),
+        (
+            TrainConfig,
+            {"batch_tokens": 100},
+            r"batch_tokens is 100, expected a multiple of block_tokens \(16\)",
+        ),
+        (PrefixConfig, {"decays": ()}, "decays is "),
+        (PrefixConfig, {"decays": (1.0,)}, "decays is "),
+        (PrefixConfig, {"dropout": 1.0}, "dropout is 1.0"),
+        (PrefixConfig, {"width": 0}, "width is 0"),
+    ],
+)
+def test_a_value_out_of_range_is_refused(kind: type, values: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigInvalid, match=message):
+        kind(**values)
+
+
+@pytest.mark.parametrize("kind", [TrainConfig, PrefixConfig])
+def test_every_knob_is_documented_with_its_unit(kind: type) -> None:
+    lines = dict(line.strip().split(": ", 1) for line in (kind.__doc__ or "").splitlines() if ": " in line)
+    assert set(lines) == {field.name for field in fields(kind)}
+    assert all(line.endswith(").") for line in lines.values())

@@ -1,0 +1,165 @@
+"""From a trained run to a published version: what is served is what was trained."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+
+from model_store.store import open_store
+from specmoe.cli import main
+from speculation.runtime import Speculator
+from tests.training.toy_routing import SPEC, toy_trace
+from tests.training.toy_run import TRAIN, VALIDATION, save_npz
+from training.evaluate import evaluate
+from training.loop import CHECKPOINT
+
+KNOBS = {
+    "passes": 8,
+    "batch-tokens": 32,
+    "block-tokens": 8,
+    "learning-rate": 0.02,
+    "averaging": 0.5,
+    "width": 16,
+    "hidden": 32,
+    "blocks": 1,
+    "token-width": 4,
+}
+SMALL = [word for name, value in KNOBS.items() for word in (f"--{name}", str(value))]
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with traces, a run and a store, made by the command line."""
+    folder = tmp_path_factory.mktemp("published")
+    train = save_npz(TRAIN, folder / "train.npz")
+    validation = save_npz(VALIDATION, folder / "validation.npz")
+    command = ["train", "--traces", str(train), "--validation", str(validation), "--run", str(folder / "run")]
+    publish = ["--publish", "--store", str(folder / "store"), "--alias", "production"]
+    assert main([*command, *SMALL, *publish]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def speculator(published: Path) -> Speculator:
+    return Speculator(open_store(published / "store").load("toy", 1), provider="cpu")
+
+
+def test_one_command_publishes_a_version_with_its_lineage(published: Path) -> None:
+    store = open_store(published / "store")
+    manifest = store.manifest("toy", store.resolve("toy", "production"))
+    assert manifest.spec == SPEC
+    assert [(s.name, s.use, s.tokens) for s in manifest.lineage.traces] == [
+        ("train.npz", "train", 130),
+        ("validation.npz", "validation", 50),
+    ]
+    assert manifest.metrics["validation"]["start"]["recall_at_k"] > 0.3
+    assert set(manifest.metrics["validation"]) == {"start", "1", "2", "3"}
+
+
+def test_it_beats_chance_on_routing_it_never_saw(speculator: Speculator) -> None:
+    scores = evaluate(speculator, toy_trace((80, 60), seed=9)).metrics.distances()
+    assert scores["start"]["recall_at_k"] > 0.4 > SPEC.top_k / SPEC.num_experts
+
+
+def test_a_batch_equals_its_rows(speculator: Speculator) -> None:
+    assert VALIDATION.token_ids is not None and VALIDATION.gates is not None
+    ids, experts, gates = (
+        VALIDATION.token_ids[:5].astype(np.int64),
+        VALIDATION.experts[:5].astype(np.int32),
+        VALIDATION.gates[:5],
+    )
+    experts[:, 2:] = -1
+    together = speculator.predict(speculator.initial_state(5), ids, experts, gates)
+    alone = [
+        speculator.predict(speculator.initial_state(1), ids[i : i + 1], experts[i : i + 1], gates[i : i + 1])
+        for i in range(5)
+    ]
+    np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
+
+
+def test_it_works_without_token_ids_and_gates(speculator: Speculator) -> None:
+    bare = toy_trace((80, 60), seed=9, gates=False, token_ids=False)
+    assert evaluate(speculator, bare).metrics.distances()["1"]["recall_at_k"] > SPEC.top_k / SPEC.num_experts
+
+
+def test_nothing_of_the_machine_is_in_the_graphs(published: Path) -> None:
+    for name in ("predict.onnx", "advance.onnx"):
+        content = (published / "store" / "toy" / "1" / name).read_bytes()
+        assert b"/" + b"training/" not in content and str(Path.cwd()).encode() not in content
+        graph = onnx.load_model_from_string(content)
+        assert not graph.metadata_props and all(not node.metadata_props for node in graph.graph.node)
+
+
+def test_the_batch_axis_is_free(published: Path) -> None:
+    graph = onnx.load(published / "store" / "toy" / "1" / "predict.onnx")
+    assert {tensor.type.tensor_type.shape.dim[0].dim_param for tensor in graph.graph.input} == {"batch"}
+
+
+def test_exporting_again_gives_the_same_graphs(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", str(published / "run")]) == 0
+    assert "specmoe publish" in capsys.readouterr().out
+    for name in ("predict.onnx", "advance.onnx"):
+        first = (published / "store" / "toy" / "1" / name).read_bytes()
+        assert (published / "run" / "export" / name).read_bytes() == first
+
+
+def test_resuming_a_finished_run_publishes_the_next_version(published: Path, tmp_path: Path) -> None:
+    shutil.copytree(published / "run", tmp_path / "run")
+    files = ["--traces", str(published / "train.npz"), "--validation", str(published / "validation.npz")]
+    publish = ["--publish", "--store", str(published / "store")]
+    assert main(["train", *files, "--run", str(tmp_path / "run"), "--resume", *SMALL, *publish]) == 0
+    assert open_store(published / "store").versions("toy") == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda run: (run / "run.json").unlink(), "holds no run"),
+        (lambda run: (run / "run.json").write_text("{"), "run.json: the file: Invalid JSON"),
+        (lambda run: (run / CHECKPOINT).unlink(), "does not exist"),
+        (lambda run: (run / CHECKPOINT).write_bytes(b"damaged"), "is damaged"),
+    ],
+    ids=["no record", "damaged record", "no checkpoint", "damaged checkpoint"],
+)
+def test_a_folder_that_is_no_run_is_refused(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object, message: str
+) -> None:
+    assert callable(change)
+    shutil.copytree(published / "run", tmp_path / "run")
+    change(tmp_path / "run")
+    assert main(["export", str(tmp_path / "run")]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--publish"], "--publish has no --store"),
+        (["--passes", "0"], "passes is 0, expected at least 1"),
+        ([], "already holds a run"),
+    ],
+    ids=["no store", "bad knob", "run exists"],
+)
+def test_train_says_what_is_wrong(
+    published: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    files = ["--traces", str(published / "train.npz"), "--validation", str(published / "validation.npz")]
+    assert main(["train", *files, "--run", str(published / "run"), *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_validation_traces_of_another_shape_are_refused(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = save_npz(toy_trace(spec=type(SPEC)("toy", 5, 8, 2)), tmp_path / "other.npz")
+    files = ["--traces", str(published / "train.npz"), "--validation", str(other)]
+    assert main(["train", *files, "--run", str(tmp_path / "run"), *SMALL]) == 2
+    assert "has num_layers 5" in capsys.readouterr().err
+
+
+def test_the_record_tells_the_knobs(published: Path) -> None:
+    record = json.loads((published / "run" / "run.json").read_text())
+    assert record["train_config"]["passes"] == 8 and record["predictor_config"]["width"] == 16

@@ -1,0 +1,70 @@
+"""The prefix predictor: its two exported functions say what its trainable form says, and know no future."""
+
+import numpy as np
+import pytest
+import torch
+
+from tests.training.toy_run import PREDICTOR, TRAIN
+from training.calibration import Calibration
+from training.dataset import Blocks
+from training.predictors.prefix import PrefixPredictor
+from training.vocabulary import Vocabulary
+
+
+@pytest.fixture(scope="module")
+def predictor() -> PrefixPredictor:
+    """Untrained, but with every part of it at work."""
+    torch.manual_seed(3)
+    network = PrefixPredictor(TRAIN.spec, PREDICTOR, Vocabulary.of(TRAIN.token_ids)).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+        network.tokens.weight[0] = 0.0
+    return network
+
+
+def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.Tensor:
+    """Probabilities for the last of these tokens of a sequence, its first `seen` layers known."""
+    predict, advance, state = predictor.graphs(Calibration(predictor.spec.num_layers))
+    carried = tuple(torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in state)
+    assert TRAIN.token_ids is not None and TRAIN.gates is not None
+    with torch.no_grad():
+        for token in range(len(experts)):
+            row = slice(token, token + 1)
+            ids = torch.from_numpy(TRAIN.token_ids[row].astype(np.int64))
+            gates, routed = (
+                torch.from_numpy(TRAIN.gates[row]),
+                torch.from_numpy(experts[row].astype(np.int32)),
+            )
+            if token == len(experts) - 1:
+                routed[:, seen:] = -1
+                return predict(*carried, ids, routed, gates)[0]
+            carried = advance(*carried, ids, routed, gates)
+    raise AssertionError("no token")
+
+
+@pytest.mark.parametrize("seen", [0, 1, 3])
+@pytest.mark.parametrize("token", [0, 1, 20])
+def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, token: int, seen: int) -> None:
+    blocks = Blocks(TRAIN, PREDICTOR.decays, 32, PREDICTOR.recent_tokens)
+    batch = next(blocks.in_order(1))
+    rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
+    with torch.no_grad():
+        logits = predictor(batch, rows, torch.full((len(rows), 1), seen))[token, 0]
+    came = served(predictor, TRAIN.experts[: token + 1], seen)
+    torch.testing.assert_close(came[seen:], torch.sigmoid(logits)[seen:], atol=1e-4, rtol=0)
+
+
+def test_the_future_changes_nothing(predictor: PrefixPredictor) -> None:
+    experts = TRAIN.experts[:10].copy()
+    before = served(predictor, experts, 2)
+    experts[9, 2:] = (experts[9, 2:] + 1) % TRAIN.spec.num_experts
+    assert torch.equal(served(predictor, experts, 2), before)
+
+
+@pytest.mark.parametrize("token", [9, 4], ids=["this token", "an earlier token"])
+def test_the_past_changes_the_prediction(predictor: PrefixPredictor, token: int) -> None:
+    experts = TRAIN.experts[:10].copy()
+    before = served(predictor, experts, 2)
+    experts[token, 1] = (experts[token, 1] + 1) % TRAIN.spec.num_experts
+    assert not torch.allclose(served(predictor, experts, 2)[2:], before[2:], atol=1e-5)
