@@ -41,6 +41,7 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
         version=_own_version(),
         lifespan=_lifespan(serving, predictions),
         redoc_url=None,
+        redirect_slashes=False,
     )
     app.include_router(predict_routes(predictions, settings.body_timeout_seconds))
     app.include_router(model_routes(serving))

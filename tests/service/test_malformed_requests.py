@@ -255,6 +255,7 @@ async def test_more_work_than_allowed_is_413(shared_store: str, sequences: list[
     ("method", "path", "status", "code"),
     [
         ("GET", "/", 404, "not_found"),
+        ("POST", "/v1/predict/", 404, "not_found"),
         ("GET", "/v1/predict", 405, "method_not_allowed"),
         ("DELETE", "/v1/models", 405, "method_not_allowed"),
         ("GET", "/v1/models/other/versions", 404, "model_not_found"),
