@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -58,6 +59,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("specmoe: interrupted.", file=sys.stderr)
         return 130
+    except BrokenPipeError:  # the reader of a pipe (head, say) has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def _front_parser() -> argparse.ArgumentParser:
@@ -82,6 +86,7 @@ def _run(name: str, arguments: list[str]) -> int:
     )
     command.add_arguments(parser)
     result: int = command.run(parser.parse_args(arguments))
+    sys.stdout.flush()
     return result
 
 

@@ -2,7 +2,7 @@
 
 Everything goes into the --run folder: checkpoint, TensorBoard events, the record of what was asked for. With
 --publish the run is also exported, checked and put into a store. Several processes: torchrun
---nproc-per-node N -m specmoe train ...
+--nproc-per-node N -m specmoe.cli train ...
 """
 
 from __future__ import annotations

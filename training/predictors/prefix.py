@@ -89,7 +89,7 @@ class PrefixPredictor(nn.Module):
         return self.answer(x)
 
     def prefix_sums(self, batch: Batch, seen: Int64[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
-        """Sum of the embeddings of the experts of the first `seen` layers, all prefixes from one running sum."""
+        """Sum of the embeddings of the experts of the first `seen` layers, all from one running sum."""
         spec, width = self.spec, self.config.width
         table = self.routing.weight.view(width, spec.num_layers, spec.num_experts)
         layers = torch.einsum("ble,dle->bld", self._drop(batch.routing), table)
