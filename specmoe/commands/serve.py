@@ -13,10 +13,15 @@ import gc
 import logging
 import signal
 import socket
+from typing import TYPE_CHECKING
 
 from model_store.errors import ModelNotFound
 from model_store.store import Store, open_store
 from service.settings import Settings, read_settings
+
+if TYPE_CHECKING:
+    import uvicorn
+    from fastapi import FastAPI
 
 log = logging.getLogger(__name__)
 
@@ -60,17 +65,11 @@ def check_models(store: Store, settings: Settings) -> None:
         )
 
 
-def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
+def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
+    """How an app is served: the fast event loop and parser, nothing logged or added to a request."""
     import uvicorn
 
-    from service.app import create_app
-    from service.listening import address, beyond_this_machine
-
-    app = create_app(settings, store)
-    # What has been imported stays: left out of the garbage collector's full rounds, it no longer makes them
-    # take tens of milliseconds, in which every prediction would be late.
-    gc.freeze()
-    config = uvicorn.Config(
+    return uvicorn.Config(
         app,
         loop="uvloop",
         http="httptools",
@@ -83,6 +82,18 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         timeout_keep_alive=KEEP_ALIVE_SECONDS,
         timeout_graceful_shutdown=settings.shutdown_seconds,
     )
+
+
+def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
+    import uvicorn
+
+    from service.app import create_app
+    from service.listening import address, beyond_this_machine
+
+    app = create_app(settings, store)
+    # What has been imported stays: left out of the garbage collector's full rounds, it no longer makes them
+    # take tens of milliseconds, in which every prediction would be late.
+    gc.freeze()
     where = address(listener)
     log.info(
         "listening",
@@ -92,4 +103,4 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         log.warning("others than this machine may reach the service, which has no authentication")
     # uvicorn raises the signal that stopped it once more at the end: a stop that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(config).run(sockets=[listener])
+    uvicorn.Server(server_config(app, settings)).run(sockets=[listener])

@@ -1,0 +1,1 @@
+"""What `specmoe bench` measures: the model alone, and the service beside an endpoint that does nothing."""
