@@ -51,22 +51,27 @@ def per_sequence(
     probabilities: Probabilities, sizes: Sizes, batch: Batch, spec: RoutingSpec
 ) -> list[list[dict[str, Any]]]:
     """For each sequence, its wanted layers in order, as `service.schemas.LayerPrediction`."""
-    longest = max(1, int(sizes.max()))
+    # Only what somebody is told about is ranked: of a half-finished token that is half the work.
+    layers = np.flatnonzero(sizes.any(axis=0))
+    if len(layers) < spec.num_layers:
+        probabilities, sizes = probabilities[:, layers], sizes[:, layers]
+    longest = int(sizes.max())
     experts, ranked = rank(probabilities, longest)
     expert_lists, probability_lists = experts.tolist(), _plain(_with_recall(ranked, sizes, spec))
+    numbers = layers.tolist()
     return [
         [
             {
                 "layer": layer,
                 "distance": layer - seen + 1,
-                "experts": expert_lists[number][layer][:size],
-                "probabilities": probability_lists[number][layer][:size],
-                "expected_recall": probability_lists[number][layer][longest],
+                "experts": expert_lists[number][row][:size],
+                "probabilities": probability_lists[number][row][:size],
+                "expected_recall": probability_lists[number][row][longest],
             }
-            for layer, size in enumerate(row)
+            for row, (layer, size) in enumerate(zip(numbers, asked, strict=True))
             if size
         ]
-        for number, (row, seen) in enumerate(zip(sizes.tolist(), batch.seen.tolist(), strict=True))
+        for number, (asked, seen) in enumerate(zip(sizes.tolist(), batch.seen.tolist(), strict=True))
     ]
 
 
