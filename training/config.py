@@ -28,14 +28,14 @@ class TrainConfig:
     seed: of every random choice (integer).
     """
 
-    passes: int = 16
+    passes: int = 20
     batch_tokens: int = 256
     block_tokens: int = 16
     prefixes: int = 4
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     weight_decay: float = 0.05
     warmup_steps: int = 100
-    averaging: float = 0.999
+    averaging: float = 0.9985
     drop_token_id: float = 0.15
     drop_gates: float = 0.1
     drop_history: float = 0.1
@@ -68,6 +68,7 @@ class PrefixConfig:
     hidden: of a residual block (channels).
     blocks: residual blocks (count).
     decays: of the averages over past tokens; 0 is the previous token alone (per token).
+    layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
     token_width: of a token's embedding (channels).
     recent_tokens: past tokens whose ids are remembered (count).
     dropout: inside the trunk (0 to 1).
@@ -75,9 +76,10 @@ class PrefixConfig:
     """
 
     width: int = 256
-    hidden: int = 512
+    hidden: int = 384
     blocks: int = 2
     decays: tuple[float, ...] = (0.0, 0.5, 0.8, 0.95, 0.99)
+    layer_decay: float = 0.5
     token_width: int = 64
     recent_tokens: int = 2
     dropout: float = 0.1
@@ -86,7 +88,7 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         for name in ("width", "hidden", "blocks", "token_width", "recent_tokens"):
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("dropout", "input_dropout"):
+        for name in ("layer_decay", "dropout", "input_dropout"):
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         _demand(
             bool(self.decays) and all(0 <= decay < 1 for decay in self.decays),

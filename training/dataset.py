@@ -13,25 +13,29 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float32, Int16, Int64
+from jaxtyping import Bool, Float, Float16, Float32, Int16, Int64
 from torch import Tensor
 
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
+
+# A share below it says no more than "almost nothing".
+MIN_SHARE = 1e-3
+TINY = 1e-9
 
 
 @dataclass(frozen=True)
 class Batch:
     """Examples of B tokens of one or more blocks.
 
-    routing: weight of each expert of each layer for this token, 0 where not routed.
+    routing: by layer, in channel 0 a 1 for each routed expert, in channel 1 its `gate_offsets`; else 0.
     history: the same, averaged over earlier tokens of the sequence, one average for each decay.
     token_ids: ids of this token and of the tokens before it, -1 where unknown or before the start.
     targets: 1 where routed.
     """
 
-    routing: Float[Tensor, "B L E"]
-    history: Float[Tensor, "B S L E"]
+    routing: Float[Tensor, "B L 2 E"]
+    history: Float[Tensor, "B S L 2 E"]
     token_ids: Int64[Tensor, "B R"]
     targets: Float[Tensor, "B L E"]
 
@@ -40,17 +44,14 @@ class Batch:
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
 
-def gate_weights(
-    gates: Float[np.ndarray, "*N K"] | None, shape: Sequence[int]
-) -> Float32[np.ndarray, "*N K"]:
-    """How much each routed expert counts as an input: half for being routed, half by its share of the gates.
+def gate_offsets(gates: Float[np.ndarray, "*N K"]) -> Float32[np.ndarray, "*N K"]:
+    """How far each routed expert's weight is above the others, in nats: log share less its mean.
 
-    1 on average over the top-k, and exactly 1 where gates are unknown. `shape` is that of the experts.
+    0 where all are equal, hence where gates are unknown. A router makes it linear in the hidden state.
     """
-    if gates is None:
-        return np.ones(shape, np.float32)
-    total = np.maximum(gates.sum(-1, keepdims=True), 1e-9)
-    return (0.5 + 0.5 * shape[-1] * gates / total).astype(np.float32)
+    share = gates / np.maximum(gates.sum(-1, keepdims=True), TINY)
+    logs = np.log(np.maximum(share, MIN_SHARE))
+    return (logs - logs.mean(-1, keepdims=True)).astype(np.float32)
 
 
 class Blocks:
@@ -70,37 +71,35 @@ class Blocks:
         self.token_ids = recent_ids(trace, recent_tokens)
         self.first, self.length, self._begins = cut(trace.starts, block_tokens)
         self._inside = decay_kernel(self.decays, block_tokens)
-        # With gates and without: 0 and 1 of the first axis.
-        variants = (False, True) if trace.gates is not None else (True,)
-        self._start = np.stack([self._histories_at_start(uniform) for uniform in variants])
+        self._start = self._histories_at_start()
 
     def __len__(self) -> int:
         return len(self.first)
 
-    def draw(self, blocks: Int64[np.ndarray, "N"], uniform_gates: Bool[np.ndarray, "N"]) -> Batch:
-        """The tokens of these blocks, one block after another; with gates, or as if none were known."""
+    def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
+        """The tokens of these blocks, one block after another; some as if no gates were known."""
         tokens, inside = self._tokens(blocks), self.inside(blocks)
-        routing = np.stack(
-            [self._dense(row, bool(u)) for row, u in zip(tokens, uniform_gates, strict=True)]
-        )  # N T LE
-        start = self._start[np.where(uniform_gates, len(self._start) - 1, 0), blocks].astype(np.float32)
+        routing = np.stack([self._dense(row) for row in tokens])  # N T F
         fading = self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32)  # S T
         history = np.einsum("stu,nuf->ntsf", self._inside, routing, optimize=True)
-        history += fading.T[None, :, :, None] * start[:, None]
-        layers, experts = self.spec.num_layers, self.spec.num_experts
-        routing = routing[inside].reshape(-1, layers, experts)
+        history += fading.T[None, :, :, None] * self._start[blocks].astype(np.float32)[:, None]
+        routing = routing[inside].reshape(-1, self.spec.num_layers, 2, self.spec.num_experts)
+        history = history[inside].reshape(-1, len(self.decays), *routing.shape[1:])
+        hidden = np.repeat(hide_gates, self.length[blocks])
+        routing[hidden, :, 1] = 0
+        history[hidden, :, :, 1] = 0
         return Batch(
             routing=torch.from_numpy(routing),
-            history=torch.from_numpy(history[inside].reshape(-1, len(self.decays), layers, experts)),
+            history=torch.from_numpy(history),
             token_ids=torch.from_numpy(self.token_ids[tokens[inside]]),
-            targets=torch.from_numpy((routing > 0).astype(np.float32)),
+            targets=torch.from_numpy(routing[:, :, 0].copy()),
         )
 
-    def in_order(self, batch_blocks: int, *, uniform_gates: bool = False) -> Iterator[Batch]:
+    def in_order(self, batch_blocks: int) -> Iterator[Batch]:
         """All tokens, in order, a few blocks at a time."""
         for start in range(0, len(self), batch_blocks):
             blocks = np.arange(start, min(start + batch_blocks, len(self)))
-            yield self.draw(blocks, np.full(len(blocks), uniform_gates))
+            yield self.draw(blocks, np.zeros(len(blocks), bool))
 
     def inside(self, blocks: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N T"]:
         """Which token places of these blocks hold a token: a sequence's last block may be short."""
@@ -111,18 +110,19 @@ class Blocks:
         steps = np.minimum(np.arange(self.block_tokens), self.length[blocks][:, None] - 1)
         return self.first[blocks][:, None] + steps
 
-    def _dense(self, tokens: Int64[np.ndarray, "T"], uniform: bool) -> Float32[np.ndarray, "T LE"]:
-        layers, experts = self.spec.num_layers, self.spec.num_experts
-        routed = self.experts[tokens]
-        gates = None if uniform or self.gates is None else self.gates[tokens]
-        columns = (routed + np.arange(layers, dtype=np.int64)[:, None] * experts).reshape(len(tokens), -1)
-        dense = np.zeros((len(tokens), layers * experts), np.float32)
-        np.put_along_axis(dense, columns, gate_weights(gates, routed.shape).reshape(columns.shape), 1)
-        return dense
+    def _dense(self, tokens: Int64[np.ndarray, "T"]) -> Float32[np.ndarray, "T F"]:
+        """Features of these tokens, F = L x 2 x E."""
+        spec = self.spec
+        dense = np.zeros((len(tokens), spec.num_layers, 2, spec.num_experts), np.float32)
+        routed = self.experts[tokens].astype(np.int64)
+        np.put_along_axis(dense[:, :, 0], routed, 1.0, -1)
+        if self.gates is not None:
+            np.put_along_axis(dense[:, :, 1], routed, gate_offsets(self.gates[tokens]), -1)
+        return dense.reshape(len(tokens), -1)
 
-    def _histories_at_start(self, uniform: bool) -> Float[np.ndarray, "N S LE"]:
+    def _histories_at_start(self) -> Float16[np.ndarray, "N S F"]:
         """Averages over all before each block: zero at a sequence's start, carried from block to block."""
-        width = self.spec.num_layers * self.spec.num_experts
+        width = self.spec.num_layers * 2 * self.spec.num_experts
         starts = np.zeros((len(self), len(self.decays), width), np.float16)
         carried = np.zeros((len(self.decays), width), np.float32)
         decays = self.decays[:, None]
@@ -134,7 +134,7 @@ class Blocks:
             starts[block] = carried
             if self.length[block] == self.block_tokens:  # a short block is its sequence's last
                 tokens = np.arange(self.first[block], self.first[block] + self.block_tokens)
-                carried = fade * carried + weight @ self._dense(tokens, uniform)
+                carried = fade * carried + weight @ self._dense(tokens)
         return starts
 
 

@@ -148,7 +148,8 @@ class Trainer:
         ids = np.where(plan.hide_token[inside][:, None], -1, batch.token_ids.numpy())
         rows, shared = self.predictor.vocabulary.rows(ids), self.predictor.vocabulary.shared_rows(ids)
         shown_rows = torch.from_numpy(np.where(plan.make_rare[inside][:, None], shared, rows))
-        history = batch.history * torch.from_numpy(~plan.hide_history[inside])[:, None, None, None]
+        known = torch.from_numpy(~plan.hide_history[inside])
+        history = batch.history * known[:, None, None, None, None]
         shown = replace(batch, history=history)
         return self._summed_loss(self.predictor, shown, shown_rows, torch.from_numpy(plan.seen[inside]))[0]
 

@@ -5,50 +5,52 @@ import pytest
 
 from tests.training.toy_routing import toy_trace
 from traces.trace import RoutingTrace
-from training.dataset import Blocks, gate_weights
+from training.dataset import Blocks, gate_offsets
 
 DECAYS = (0.0, 0.5, 0.9)
 TRACE = toy_trace((37, 5, 16, 1, 50), seed=3)
 
 
-def naive_routing(trace: RoutingTrace, token: int, uniform: bool) -> np.ndarray:
+def naive_routing(trace: RoutingTrace, token: int, hidden: bool) -> np.ndarray:
     spec = trace.spec
-    dense = np.zeros((spec.num_layers, spec.num_experts))
+    dense = np.zeros((spec.num_layers, 2, spec.num_experts))
     for layer in range(spec.num_layers):
-        total = 0.0 if trace.gates is None else trace.gates[token, layer].sum()
+        assert trace.gates is not None
+        logs = np.log(trace.gates[token, layer] / trace.gates[token, layer].sum())
         for slot in range(spec.top_k):
-            share = (
-                1.0
-                if uniform or trace.gates is None
-                else spec.top_k * trace.gates[token, layer, slot] / total
-            )
-            dense[layer, trace.experts[token, layer, slot]] = 0.5 + 0.5 * share
+            expert = trace.experts[token, layer, slot]
+            dense[layer, :, expert] = 1.0, 0.0 if hidden else logs[slot] - logs.mean()
     return dense
 
 
-def naive_history(trace: RoutingTrace, uniform: bool) -> np.ndarray:
+def naive_history(trace: RoutingTrace, hidden: bool) -> np.ndarray:
     spec = trace.spec
-    history = np.zeros((trace.num_tokens, len(DECAYS), spec.num_layers, spec.num_experts))
+    history = np.zeros((trace.num_tokens, len(DECAYS), spec.num_layers, 2, spec.num_experts))
     for sequence in range(trace.num_sequences):
         average = np.zeros(history.shape[1:])
         for token in range(trace.num_tokens)[trace.sequence(sequence)]:
             history[token] = average
             for scale, decay in enumerate(DECAYS):
-                average[scale] = decay * average[scale] + (1 - decay) * naive_routing(trace, token, uniform)
+                average[scale] = decay * average[scale] + (1 - decay) * naive_routing(trace, token, hidden)
     return history
 
 
-@pytest.mark.parametrize("uniform", [False, True], ids=["gates", "no gates"])
+@pytest.mark.parametrize("hidden", [False, True], ids=["gates", "no gates"])
 @pytest.mark.parametrize("block_tokens", [1, 4, 64])
-def test_blocks_equal_token_by_token_histories(block_tokens: int, uniform: bool) -> None:
+def test_blocks_equal_token_by_token_histories(block_tokens: int, hidden: bool) -> None:
     blocks = Blocks(TRACE, DECAYS, block_tokens, recent_tokens=2)
-    batches = list(blocks.in_order(3, uniform_gates=uniform))
-    history = np.concatenate([batch.history.numpy() for batch in batches])
+    batch = blocks.draw(np.arange(len(blocks)), np.full(len(blocks), hidden))
     # Averages at a block's start are kept in half precision.
-    np.testing.assert_allclose(history, naive_history(TRACE, uniform), atol=2e-3)
-    routing = np.concatenate([batch.routing.numpy() for batch in batches])
-    expected = np.stack([naive_routing(TRACE, token, uniform) for token in range(TRACE.num_tokens)])
-    np.testing.assert_allclose(routing, expected, atol=1e-5)
+    np.testing.assert_allclose(batch.history.numpy(), naive_history(TRACE, hidden), atol=5e-3)
+    expected = np.stack([naive_routing(TRACE, token, hidden) for token in range(TRACE.num_tokens)])
+    np.testing.assert_allclose(batch.routing.numpy(), expected, atol=1e-5)
+
+
+def test_gates_are_hidden_in_the_chosen_blocks_only() -> None:
+    blocks = Blocks(TRACE, DECAYS, 8, recent_tokens=0)
+    batch = blocks.draw(np.array([0, 1, 2]), np.array([False, True, False]))
+    told = batch.routing[:, :, 1].abs().amax((1, 2)) > 0
+    assert told.tolist() == [True] * 8 + [False] * 8 + [True] * 8
 
 
 def test_targets_are_the_routed_experts() -> None:
@@ -71,6 +73,10 @@ def test_every_token_is_in_one_block() -> None:
     assert np.concatenate(covered).tolist() == list(range(TRACE.num_tokens))
 
 
-def test_unknown_gates_weigh_like_equal_ones() -> None:
-    equal = np.full((3, 2, 4), 0.25, np.float32)
-    assert np.array_equal(gate_weights(None, equal.shape), gate_weights(equal, equal.shape))
+def test_equal_gates_tell_nothing() -> None:
+    assert not gate_offsets(np.full((3, 2, 4), 0.25, np.float32)).any()
+
+
+def test_gate_offsets_do_not_depend_on_the_scale_of_the_gates() -> None:
+    gates = np.array([[0.6, 0.3, 0.1]])
+    np.testing.assert_allclose(gate_offsets(gates), gate_offsets(7 * gates), atol=1e-6)
