@@ -51,14 +51,12 @@ def per_sequence(
     probabilities: Probabilities, sizes: Sizes, batch: Batch, spec: RoutingSpec
 ) -> list[list[dict[str, Any]]]:
     """For each sequence, its wanted layers in order, as `service.schemas.LayerPrediction`."""
-    # Only what somebody is told about is ranked: of a half-finished token that is half the work.
-    layers = np.flatnonzero(sizes.any(axis=0))
-    if len(layers) < spec.num_layers:
-        probabilities, sizes = probabilities[:, layers], sizes[:, layers]
-    longest = int(sizes.max())
+    # Layers that every sequence has passed are not ranked: of a half-finished token that is half the work.
+    passed = int(batch.seen.min())
+    probabilities, sizes = probabilities[:, passed:], sizes[:, passed:]
+    longest = max(1, int(sizes.max()))
     experts, ranked = rank(probabilities, longest)
     expert_lists, probability_lists = experts.tolist(), _plain(_with_recall(ranked, sizes, spec))
-    numbers = layers.tolist()
     return [
         [
             {
@@ -68,7 +66,7 @@ def per_sequence(
                 "probabilities": probability_lists[number][row][:size],
                 "expected_recall": probability_lists[number][row][longest],
             }
-            for row, (layer, size) in enumerate(zip(numbers, asked, strict=True))
+            for row, (layer, size) in enumerate(enumerate(asked, passed))
             if size
         ]
         for number, (asked, seen) in enumerate(zip(sizes.tolist(), batch.seen.tolist(), strict=True))

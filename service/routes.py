@@ -6,10 +6,12 @@ curl localhost:8080/docs
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable, Coroutine
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
+from fastapi.routing import APIRoute
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import BaseModel
 
@@ -42,9 +44,18 @@ _VERSIONS_ERRORS = {
 }
 
 
+class DirectRoute(APIRoute):
+    """Hands the request to its endpoint as it is: looking for parameters that it has not took 50 µs."""
+
+    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+        """The endpoint."""
+        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        return endpoint
+
+
 def predict_routes(predictions: Predictions, body_timeout_seconds: float) -> APIRouter:
     """POST /v1/predict. It reads the body itself: FastAPI would make a dict of it before pydantic sees it."""
-    router = APIRouter(tags=["predictions"])
+    router = APIRouter(tags=["predictions"], route_class=DirectRoute)
 
     @router.post(
         PREDICT_PATH,
