@@ -81,7 +81,7 @@ class Blocks:
         tokens, inside = self._tokens(blocks), self.inside(blocks)
         routing = np.stack([self._dense(row) for row in tokens])  # N T F
         fading = self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32)  # S T
-        history = np.einsum("stu,nuf->ntsf", self._inside, routing, optimize=True)
+        history = self._inside_averages(routing)
         history += fading.T[None, :, :, None] * self._start[blocks].astype(np.float32)[:, None]
         routing = routing[inside].reshape(-1, self.spec.num_layers, 2, self.spec.num_experts)
         history = history[inside].reshape(-1, len(self.decays), *routing.shape[1:])
@@ -94,6 +94,11 @@ class Blocks:
             token_ids=torch.from_numpy(self.token_ids[tokens[inside]]),
             targets=torch.from_numpy(routing[:, :, 0].copy()),
         )
+
+    def _inside_averages(self, routing: Float32[np.ndarray, "N T F"]) -> Float32[np.ndarray, "N T S F"]:
+        # By torch: numpy's threads would go on spinning beside it.
+        averages = torch.einsum("stu,nuf->ntsf", torch.from_numpy(self._inside), torch.from_numpy(routing))
+        return averages.numpy()
 
     def in_order(self, batch_blocks: int) -> Iterator[Batch]:
         """All tokens, in order, a few blocks at a time."""

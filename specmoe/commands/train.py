@@ -49,12 +49,17 @@ def run(args: argparse.Namespace) -> int:
         model=args.model,
         train_config=_config(TrainConfig, args),
         predictor_config=_config(PrefixConfig, args),
-        command=shlex.join(["specmoe", *sys.argv[1:]]),
+        command=_told(sys.argv[1:]),
         resume=args.resume,
         store=args.store if args.publish else None,
         aliases=tuple(args.alias),
     )
     return 0
+
+
+def _told(arguments: list[str]) -> str:
+    """The command as the lineage tells it: files by name, since folders are this machine's own business."""
+    return shlex.join(["specmoe", *(Path(a).name if "/" in a and "://" not in a else a for a in arguments)])
 
 
 def _add_fields(group: Any, config: type[TrainConfig] | type[PrefixConfig]) -> None:

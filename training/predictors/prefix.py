@@ -30,6 +30,7 @@ from traces.spec import RoutingSpec
 from training.calibration import Calibration
 from training.config import PrefixConfig
 from training.dataset import MIN_SHARE, TINY, Batch
+from training.dropout import dropout
 from training.vocabulary import Vocabulary
 
 
@@ -47,7 +48,7 @@ class Residual(nn.Module):
 
     def forward(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         hidden = functional.gelu(self.widen(self.norm(x)), approximate="tanh")
-        return x + self.narrow(functional.dropout(hidden, self.dropout, self.training))
+        return x + self.narrow(dropout(hidden, self.dropout, self.training))
 
 
 class PrefixPredictor(nn.Module):
@@ -111,12 +112,12 @@ class PrefixPredictor(nn.Module):
 
     def answer(self, x: Float[Tensor, "*B D"]) -> Float[Tensor, "*B L E"]:
         """Logits from the summed-up input."""
-        x = functional.dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
+        x = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
         logits: Tensor = self.head(x)
         return logits.unflatten(-1, (self.spec.num_layers, self.spec.num_experts))
 
     def _drop(self, x: Tensor) -> Tensor:
-        return functional.dropout(x, self.config.input_dropout, self.training)
+        return dropout(x, self.config.input_dropout, self.training)
 
     def graphs(self, calibration: Calibration) -> tuple[Predict, Advance, tuple[StateTensor, ...]]:
         """The two functions that are exported, and the state they pass on."""
