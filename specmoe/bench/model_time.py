@@ -57,6 +57,11 @@ class ModelTime:
         }
         self._rows: list[tuple[Case, int, Latency, Latency]] = []
 
+    @property
+    def steps(self) -> int:
+        """How many measurements there are."""
+        return len(cases(self._speculator.spec.num_layers)) * len(BATCHES)
+
     def run(self, seconds: float) -> Generator[str]:
         """Measure all, `seconds` for each; yields the name of what is measured next."""
         for case in cases(self._speculator.spec.num_layers):

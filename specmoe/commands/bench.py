@@ -99,7 +99,9 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
             "model": model_time.run(effort.model_seconds),
             "rest": rest.run(effort.rounds, effort.round_seconds),
         }
-        complete = _carry_out([steps for name, steps in halves.items() if args.only in (None, name)])
+        chosen = [name for name in halves if args.only in (None, name)]
+        steps = {"model": model_time.steps, "rest": effort.rounds + 1}
+        complete = _carry_out([halves[name] for name in chosen], sum(steps[name] for name in chosen))
     return {
         "model": model,
         "version": stored.manifest.version,
@@ -112,12 +114,12 @@ def _measured(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
-def _carry_out(halves: list[Generator[str]]) -> bool:
+def _carry_out(halves: list[Generator[str]], steps: int) -> bool:
     """Every step of them, named by a progress bar; False where Ctrl-C ended it."""
     from tqdm import tqdm
 
     # Given up, a half must still stop its servers: closing does that, wherever Ctrl-C came.
-    with contextlib.ExitStack() as begun, tqdm(unit="step") as bar:
+    with contextlib.ExitStack() as begun, tqdm(total=steps, unit="step") as bar:
         for half in halves:
             begun.callback(half.close)
         try:
