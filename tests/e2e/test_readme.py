@@ -1,0 +1,73 @@
+"""The README's examples are run as they stand, on the bundled versions; its answers are the service's."""
+
+import json
+import re
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from model_store.store import open_store
+from specmoe.cli import main
+from tests.contract.running import running_service
+from traces.spec import RoutingSpec
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BUNDLED = ROOT / "model_store" / "bundled"
+MAX_BYTES = 12_000_000
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_curl_example_gets_the_answer_that_is_shown() -> None:
+    (curl,) = (block for block in blocks("sh") if block.startswith("curl"))
+    with running_service(BUNDLED) as reached:
+        command = shlex.split(curl.replace("http://127.0.0.1:8080", reached["base_url"]).replace("\\\n", " "))
+        answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
+    shown = json.loads(blocks("json")[0])
+    assert answer.keys() == shown.keys() and answer["version"] == shown["version"]
+    for came, expected in zip(answer["predictions"][0], shown["predictions"][0], strict=True):
+        assert came["experts"] == expected["experts"]
+        assert came["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-3)
+
+
+@pytest.mark.parametrize("example", blocks("python"))
+def test_the_python_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+    names: dict[str, object] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    assert capsys.readouterr().out.count("\n") == 2
+    assert getattr(names["probabilities"], "shape", None) == (32, 24, 32)
+
+
+def test_every_link_leads_somewhere() -> None:
+    links = re.findall(r"\]\(([^)#:]+)\)", README)
+    assert links and [link for link in links if not (ROOT / link).exists()] == []
+
+
+def test_every_subcommand_named_exists() -> None:
+    named = set(re.findall(r"specmoe (\w+) ", " ".join(blocks("sh"))))
+    assert {"traces", "train", "evaluate", "serve", "replay"} <= named
+    for name in named:
+        with pytest.raises(SystemExit, match="0"):
+            main([name, "--help"])
+
+
+@pytest.mark.parametrize(
+    "spec",
+    [RoutingSpec("gpt-oss-20b", 24, 32, 4), RoutingSpec("deepseek-v2-lite", 26, 64, 6)],
+    ids=lambda spec: spec.model,
+)
+def test_bundled_versions_are_whole_small_and_trained_without_the_test_split(spec: RoutingSpec) -> None:
+    store = open_store(None)
+    manifest = store.load(spec.model, store.resolve(spec.model, "production")).manifest
+    assert manifest.spec == spec
+    assert sum(file.bytes for file in manifest.files.values()) <= MAX_BYTES
+    assert {source.name for source in manifest.lineage.traces} <= {
+        "train.npz",
+        "train-repetitive.npz",
+        "validation.npz",
+    }
