@@ -38,7 +38,7 @@ train-deepseek-v2-lite: ## Train deepseek-v2-lite's predictor and publish it (TR
 train-gpt-oss-20b train-deepseek-v2-lite: $(VENV)/.training
 	@test -n "$(TRACES)" || { echo "Which traces? make $@ TRACES=folder, with train*.npz and validation.npz in it."; exit 2; }
 	$(BIN)/specmoe train --traces $(wildcard $(TRACES)/train*) --validation $(wildcard $(TRACES)/validation*) \
-		--run runs/$(@:train-%=%) --publish --store $(STORE) $(ARGS)
+		--run runs/$(@:train-%=%) --publish --store $(STORE) --alias production $(KNOBS) $(ARGS)
 
 image: $(VENV)/.application ## Build the container image without docker and show it answering (as root)
 	deploy/build-image.sh

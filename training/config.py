@@ -30,7 +30,7 @@ class TrainConfig:
 
     passes: int = 20
     batch_tokens: int = 256
-    block_tokens: int = 16
+    block_tokens: int = 4
     prefixes: int = 4
     learning_rate: float = 3e-3
     weight_decay: float = 0.05

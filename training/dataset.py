@@ -79,7 +79,7 @@ class Blocks:
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""
         tokens, inside = self._tokens(blocks), self.inside(blocks)
-        routing = np.stack([self._dense(row) for row in tokens])  # N T F
+        routing = self._dense(tokens)  # N T F
         fading = self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32)  # S T
         history = self._inside_averages(routing)
         history += fading.T[None, :, :, None] * self._start[blocks].astype(np.float32)[:, None]
@@ -100,10 +100,11 @@ class Blocks:
         averages = torch.einsum("stu,nuf->ntsf", torch.from_numpy(self._inside), torch.from_numpy(routing))
         return averages.numpy()
 
-    def in_order(self, batch_blocks: int) -> Iterator[Batch]:
-        """All tokens, in order, a few blocks at a time."""
-        for start in range(0, len(self), batch_blocks):
-            blocks = np.arange(start, min(start + batch_blocks, len(self)))
+    def in_order(self, tokens: int) -> Iterator[Batch]:
+        """All tokens, in order, about so many at a time."""
+        at_once = max(1, tokens // self.block_tokens)
+        for start in range(0, len(self), at_once):
+            blocks = np.arange(start, min(start + at_once, len(self)))
             yield self.draw(blocks, np.zeros(len(blocks), bool))
 
     def inside(self, blocks: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N T"]:
@@ -115,15 +116,15 @@ class Blocks:
         steps = np.minimum(np.arange(self.block_tokens), self.length[blocks][:, None] - 1)
         return self.first[blocks][:, None] + steps
 
-    def _dense(self, tokens: Int64[np.ndarray, "T"]) -> Float32[np.ndarray, "T F"]:
+    def _dense(self, tokens: Int64[np.ndarray, "*N"]) -> Float32[np.ndarray, "*N F"]:
         """Features of these tokens, F = L x 2 x E."""
         spec = self.spec
-        dense = np.zeros((len(tokens), spec.num_layers, 2, spec.num_experts), np.float32)
+        dense = np.zeros((*tokens.shape, spec.num_layers, 2, spec.num_experts), np.float32)
         routed = self.experts[tokens].astype(np.int64)
-        np.put_along_axis(dense[:, :, 0], routed, 1.0, -1)
+        np.put_along_axis(dense[..., 0, :], routed, 1.0, -1)
         if self.gates is not None:
-            np.put_along_axis(dense[:, :, 1], routed, gate_offsets(self.gates[tokens]), -1)
-        return dense.reshape(len(tokens), -1)
+            np.put_along_axis(dense[..., 1, :], routed, gate_offsets(self.gates[tokens]), -1)
+        return dense.reshape(*tokens.shape, -1)
 
     def _histories_at_start(self) -> Float16[np.ndarray, "N S F"]:
         """Averages over all before each block: zero at a sequence's start, carried from block to block."""

@@ -35,8 +35,8 @@ from training.processes import Processes
 CHECKPOINT = "checkpoint.pt"
 # Longer gradients than this are shortened to it: rare tokens give rare bursts.
 MAX_GRADIENT_NORM = 1.0
-# Blocks of the validation split looked at together; bounds memory to some 100 MB.
-VALIDATION_BLOCKS = 32
+# Tokens of the validation split looked at together; bounds memory to some 100 MB.
+VALIDATION_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -173,7 +173,7 @@ class Trainer:
         seen = torch.tensor([0, 1, spec.num_layers // 4, spec.num_layers // 2, 3 * spec.num_layers // 4])
         seen = seen.clamp(max=spec.num_layers - 1).unique()
         sums = torch.zeros(5, device=self.where.device)
-        for number, batch in enumerate(self.validation.in_order(VALIDATION_BLOCKS)):
+        for number, batch in enumerate(self.validation.in_order(VALIDATION_TOKENS)):
             if number % self.where.world != self.where.rank:
                 continue
             rows = torch.from_numpy(self.predictor.vocabulary.rows(batch.token_ids.numpy()))

@@ -21,7 +21,7 @@ from training.vocabulary import UNKNOWN_ROW
 LEVELS = (0.9, 0.95, 0.99)
 # The logits of a token at all its prefixes take L x L x E half-precision numbers, 37 kB for 24 x 32.
 MAX_BYTES = 1 << 30
-BLOCKS_AT_ONCE = 4
+TOKENS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
@@ -49,9 +49,10 @@ def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progr
     seen = torch.arange(spec.num_layers)
     device = next(predictor.parameters()).device
     parts = []
-    groups = range(0, len(chosen), BLOCKS_AT_ONCE)
+    at_once = max(1, TOKENS_AT_ONCE // blocks.block_tokens)
+    groups = range(0, len(chosen), at_once)
     for start in tqdm(groups, desc="survey", unit="batch", disable=not progress, leave=False):
-        numbers = chosen[start : start + BLOCKS_AT_ONCE]
+        numbers = chosen[start : start + at_once]
         batch = blocks.draw(numbers, np.zeros(len(numbers), bool))
         ids = batch.token_ids.numpy()
         rows = predictor.vocabulary.rows(ids) if token_ids else np.full_like(ids, UNKNOWN_ROW)

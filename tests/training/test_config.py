@@ -18,7 +18,7 @@ from training.errors import ConfigInvalid
         (TrainConfig, {"seed": -1}, "seed is -1, expected 0 or more"),
         (
             TrainConfig,
-            {"batch_tokens": 100},
+            {"batch_tokens": 100, "block_tokens": 16},
             r"batch_tokens is 100, expected a multiple of block_tokens \(16\)",
         ),
         (PrefixConfig, {"decays": ()}, "decays is "),

@@ -47,7 +47,7 @@ def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.
 @pytest.mark.parametrize("token", [0, 1, 20])
 def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, token: int, seen: int) -> None:
     blocks = Blocks(TRAIN, PREDICTOR.decays, 32, PREDICTOR.recent_tokens)
-    batch = next(blocks.in_order(1))
+    batch = next(blocks.in_order(32))
     rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
     with torch.no_grad():
         logits = predictor(batch, rows, torch.full((len(rows), 1), seen))[token, 0]
