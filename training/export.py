@@ -75,13 +75,13 @@ def calibrated(
     """Calibration fitted on `blocks`, with token ids and without, and the survey of the richer kind."""
     calibration = Calibration(predictor.spec.num_layers)
     without = survey(predictor, blocks, token_ids=False, progress=progress)
-    calibration.set_tables(False, *fit(without.logits, without.targets))
+    calibration.set_tables(False, fit(without.logits, without.targets))
     if not len(predictor.vocabulary.known):
-        calibration.set_tables(True, *fit(without.logits, without.targets))
+        calibration.set_tables(True, fit(without.logits, without.targets))
         return calibration, without
     del without
     found = survey(predictor, blocks, token_ids=True, progress=progress)
-    calibration.set_tables(True, *fit(found.logits, found.targets))
+    calibration.set_tables(True, fit(found.logits, found.targets))
     return calibration, found
 
 
