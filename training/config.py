@@ -28,12 +28,12 @@ class TrainConfig:
     seed: of every random choice (integer).
     """
 
-    passes: int = 20
+    passes: int = 16
     batch_tokens: int = 256
     block_tokens: int = 4
     prefixes: int = 4
     learning_rate: float = 3e-3
-    weight_decay: float = 0.05
+    weight_decay: float = 0.2
     warmup_steps: int = 100
     averaging: float = 0.9985
     drop_token_id: float = 0.15

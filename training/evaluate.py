@@ -115,6 +115,23 @@ def evaluate(
     )
 
 
+def score_version(
+    speculator: Speculator,
+    trace: RoutingTrace,
+    *,
+    every: int = 1,
+    progress: bool = False,
+    title: str = "the version",
+    **given: bool,
+) -> Metrics:
+    """Metrics of a version on one token in `every`. given: `token_ids`, `gates`: whether it gets them."""
+    metrics = Metrics(speculator.spec, coverage=speculator.manifest.coverage)
+    forecasts = of_speculator(speculator, trace, every=every, **given)
+    for forecast in _shown(forecasts, trace, every, title, progress):
+        metrics.add(forecast.seen, forecast.ranked)
+    return metrics
+
+
 def score_baseline(
     baseline: Baseline, trace: RoutingTrace, *, every: int = 1, progress: bool = False
 ) -> Metrics:
@@ -168,11 +185,9 @@ def _withheld(speculator: Speculator, trace: RoutingTrace, every: int, progress:
         ("gates", manifest.uses_gates and trace.gates is not None),
     ):
         if matters:
-            metrics = Metrics(speculator.spec, coverage=manifest.coverage)
-            forecasts = of_speculator(speculator, trace, every=every, **{name: False})
-            for forecast in _shown(forecasts, trace, every, f"without {name}", progress):
-                metrics.add(forecast.seen, forecast.ranked)
-            scored[name] = metrics
+            scored[name] = score_version(
+                speculator, trace, every=every, progress=progress, title=f"without {name}", **{name: False}
+            )
     return scored
 
 

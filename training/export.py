@@ -21,7 +21,7 @@ from training import checkpoint
 from training.calibration import Calibration, fit
 from training.dataset import Blocks
 from training.errors import ExportFailed
-from training.evaluate import evaluate
+from training.evaluate import score_version
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
 from training.predictors import PREDICTORS
@@ -51,7 +51,7 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     stored = _assembled(run, predictor, calibration, found, seconds)
     check_parity(predictor, calibration, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
-    metrics = evaluate(speculator, trace, progress=progress).metrics.distances()
+    metrics = score_version(speculator, trace, progress=progress).distances()
     draft = _draft_of(stored, golden_probabilities(speculator), metrics)
     return _write(folder / EXPORT, draft, stored)
 

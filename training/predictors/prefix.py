@@ -34,6 +34,10 @@ from training.dropout import dropout
 from training.vocabulary import Vocabulary
 
 
+# A token seen only a few times should say little, not something at random.
+SMALL = 0.02
+
+
 class Residual(nn.Module):
     """x + W2 gelu(W1 norm(x)); starts as the identity."""
 
@@ -82,7 +86,8 @@ class PrefixPredictor(nn.Module):
         nn.init.normal_(self.routing.weight, std=0.7 / math.sqrt(routed))
         for weight in self.history.parameters():
             nn.init.normal_(weight, std=0.35 / math.sqrt(routed * scales))
-        nn.init.normal_(self.last_seen.weight, std=0.02)
+        nn.init.normal_(self.last_seen.weight, std=SMALL)
+        nn.init.normal_(self.tokens.weight[1:], std=SMALL)  # row 0, no id, stays 0
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
