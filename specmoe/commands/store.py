@@ -22,6 +22,10 @@ from model_store.errors import StoreError
 from model_store.manifest import Manifest
 from model_store.store import Store, broken, open_store
 
+# What `show` tells of the metrics; --json has them all.
+SHOWN = ("recall_at_k", "recall_at_2k", "hit_at_1", "ece")
+SHOWN_DISTANCES = ("start", "1", "4", "16")
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     common = argparse.ArgumentParser(add_help=False)
@@ -140,9 +144,14 @@ def _facts(manifest: Manifest, aliases: list[str]) -> list[tuple[str, str]]:
         (name, f"{_megabytes(file.bytes)}, sha256 {file.sha256}") for name, file in manifest.files.items()
     ]
     facts += [
-        (split, f"distance {distance}: " + ", ".join(f"{name} {value:.4g}" for name, value in scores.items()))
+        (
+            split,
+            f"distance {distance}: "
+            + ", ".join(f"{name} {scores[name]:.4g}" for name in SHOWN if name in scores),
+        )
         for split, distances in manifest.metrics.items()
         for distance, scores in distances.items()
+        if distance in SHOWN_DISTANCES
     ]
     facts += [
         ("traces", f"{t.use}: {t.name}, {t.tokens:,} tokens, sha256 {t.sha256}") for t in lineage.traces

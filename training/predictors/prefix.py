@@ -33,7 +33,6 @@ from training.dataset import MIN_SHARE, TINY, Batch
 from training.dropout import dropout
 from training.vocabulary import Vocabulary
 
-
 # A token seen only a few times should say little, not something at random.
 SMALL = 0.02
 
