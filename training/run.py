@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import platform
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,7 +27,8 @@ from training.errors import RunInvalid, check_same_shape
 from training.vocabulary import Vocabulary
 
 RECORD = "run.json"
-PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "numpy")
+# Of ONNX Runtime's two distributions one is installed.
+PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 
 
 @dataclass(frozen=True)
@@ -121,8 +123,16 @@ def environment() -> dict[str, Any]:
     return {
         "code_revision": _revision(),
         "hardware": f"{_processor()}, {len(os.sched_getaffinity(0))} cores",
-        "packages": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "packages": {"python": platform.python_version(), **_installed()},
     }
+
+
+def _installed() -> dict[str, str]:
+    found = {}
+    for name in PACKAGES:
+        with suppress(PackageNotFoundError):
+            found[name] = version(name)
+    return found
 
 
 def _revision() -> str:
