@@ -30,6 +30,7 @@ SUBCOMMANDS = {
 EXTRA_OF_MODULE = {
     "torch": "training",
     "onnx": "training",
+    "onnxscript": "training",
     "matplotlib": "training",
     "tensorboard": "training",
     "pyarrow": "traces",

@@ -1,9 +1,13 @@
 """The README's examples are run as they stand, on the bundled versions; its answers are the service's."""
 
+import contextlib
 import json
 import re
 import shlex
 import subprocess
+import time
+import urllib.error
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -23,9 +27,18 @@ def blocks(language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
 
 
+def wait_until_ready(url: str) -> None:
+    for _ in range(600):
+        with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(f"{url}/readyz"):
+            return
+        time.sleep(0.1)
+    raise TimeoutError(url)
+
+
 def test_the_curl_example_gets_the_answer_that_is_shown() -> None:
     (curl,) = (block for block in blocks("sh") if block.startswith("curl"))
     with running_service(BUNDLED) as reached:
+        wait_until_ready(reached["base_url"])
         command = shlex.split(curl.replace("http://127.0.0.1:8080", reached["base_url"]).replace("\\\n", " "))
         answer = json.loads(subprocess.run(command, capture_output=True, check=True).stdout)
     shown = json.loads(blocks("json")[0])
