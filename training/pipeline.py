@@ -18,7 +18,7 @@ from training.export import export
 from training.loop import Trainer
 from training.predictors import PREDICTORS
 from training.processes import Processes, processes
-from training.run import Run, environment, load_traces, read_run, write_run
+from training.run import Run, check_resumable, environment, load_traces, write_run
 from training.vocabulary import Vocabulary
 
 
@@ -55,7 +55,9 @@ def train(
             command=command,
             **environment(),
         )
-        if where.leads and not resume:
+        if resume:
+            check_resumable(folder, run)
+        elif where.leads:
             write_run(folder, run)
         torch.manual_seed(train_config.seed)
         predictor = PREDICTORS[run.predictor](run.spec, predictor_config, run.vocabulary)
@@ -65,7 +67,6 @@ def train(
         )
         trainer = Trainer(predictor, blocks, looks, train_config, folder, where)
         if resume:
-            read_run(folder)
             trainer.resume()
         trainer.fit()
         if where.leads:

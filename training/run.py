@@ -87,6 +87,18 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
+def check_resumable(folder: Path, run: Run) -> None:
+    """Raise RunInvalid where the run in `folder` was asked for otherwise: its lineage would not be true."""
+    recorded = read_run(folder)
+    for name in ("spec", "predictor_config", "train_config", "sources"):
+        came, expected = getattr(run, name), getattr(recorded, name)
+        if came != expected:
+            raise RunInvalid(
+                f"{folder} was started with other {name.replace('_', ' ')}: {expected}, now {came}.",
+                remedy="Resume with the options and traces it began with, or choose a new --run folder.",
+            )
+
+
 def load_traces(
     paths: tuple[Path, ...], use: Literal["train", "validation"], model: str | None = None
 ) -> tuple[RoutingTrace, tuple[TraceSource, ...]]:

@@ -151,6 +151,12 @@ def test_train_says_what_is_wrong(
     assert message in capsys.readouterr().err
 
 
+def test_resuming_with_other_knobs_is_refused(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    files = ["--traces", str(published / "train.npz"), "--validation", str(published / "validation.npz")]
+    assert main(["train", *files, "--run", str(published / "run"), "--resume", *SMALL, "--seed", "7"]) == 2
+    assert "was started with other train config" in capsys.readouterr().err
+
+
 def test_validation_traces_of_another_shape_are_refused(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
