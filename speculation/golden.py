@@ -26,13 +26,14 @@ TOLERANCE = 2e-3
 def golden_inputs(
     spec: RoutingSpec,
 ) -> tuple[Int64[np.ndarray, "T"], Int32[np.ndarray, "T L K"], Float32[np.ndarray, "T L K"]]:
-    """(token_ids, experts, gates) of T = 4 tokens, by formula; the second token's id is unknown (-1)."""
+    """(token_ids, experts, gates) of T = 4 tokens, by formula; the second id is unknown (-1), the last
+    is that of the first."""
     token = np.arange(NUM_TOKENS)[:, None, None]
     layer = np.arange(spec.num_layers)[None, :, None]
     slot = np.arange(spec.top_k)[None, None, :]
     experts = (5 * token + 3 * layer + slot) % spec.num_experts
     gates = 1.0 + (token + layer + 2 * slot) % 3
-    token_ids = np.array([11, -1, 2011, 3011])
+    token_ids = np.array([11, -1, 2011, 11])
     return token_ids, experts.astype(np.int32), (gates / gates.sum(axis=-1, keepdims=True)).astype(np.float32)
 
 

@@ -28,7 +28,7 @@ class TrainConfig:
     seed: of every random choice (integer).
     """
 
-    passes: int = 16
+    passes: int = 12
     batch_tokens: int = 256
     block_tokens: int = 4
     prefixes: int = 4
@@ -68,6 +68,10 @@ class PrefixConfig:
     hidden: of a residual block (channels).
     blocks: residual blocks (count).
     decays: of the averages over past tokens; 0 is the previous token alone (per token).
+    window: how many tokens back the same token id is looked for (count).
+    repeats: newest places with the same id that count (count).
+    repeat_decay: what a place counts beside the next newer one (0 to 1).
+    earlier_width: of what the trunk is told of each average and of the repeats (channels).
     layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
     token_width: of a token's embedding (channels).
     recent_tokens: past tokens whose ids are remembered (count).
@@ -75,10 +79,14 @@ class PrefixConfig:
     input_dropout: on routed experts and token embeddings (0 to 1).
     """
 
-    width: int = 256
+    width: int = 192
     hidden: int = 384
-    blocks: int = 2
-    decays: tuple[float, ...] = (0.0, 0.5, 0.8, 0.95, 0.99)
+    blocks: int = 1
+    decays: tuple[float, ...] = (0.0, 0.7, 0.97)
+    window: int = 256
+    repeats: int = 3
+    repeat_decay: float = 0.6
+    earlier_width: int = 64
     layer_decay: float = 0.5
     token_width: int = 64
     recent_tokens: int = 2
@@ -86,9 +94,16 @@ class PrefixConfig:
     input_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("width", "hidden", "blocks", "token_width", "recent_tokens"):
+        sizes = ("width", "hidden", "blocks", "repeats", "earlier_width", "token_width", "recent_tokens")
+        for name in sizes:
             _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        for name in ("layer_decay", "dropout", "input_dropout"):
+        _demand(
+            self.window >= max(self.repeats, self.recent_tokens),
+            "window",
+            self.window,
+            f"at least repeats ({self.repeats}) and recent_tokens ({self.recent_tokens})",
+        )
+        for name in ("layer_decay", "repeat_decay", "dropout", "input_dropout"):
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         _demand(
             bool(self.decays) and all(0 <= decay < 1 for decay in self.decays),

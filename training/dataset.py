@@ -1,14 +1,14 @@
 """Training examples from a routing trace: blocks of consecutive tokens, with the history each began with.
 
-Comes after `traces`, before `loop`. A token's example is its routing, weighted by gate; averages of the
-routing of the tokens before it in its sequence; the ids of it and of the last few tokens. The averages at
-the start of each block are computed once, those inside a block when it is drawn, so that memory grows with
-tokens / block.
+Comes after `traces`, before `loop`. A token's example is its routing with its gates; averages of the routing
+of the tokens before it in its sequence, and of its own earlier places there; the ids of it and of the last
+few tokens. The averages at the start of each block are computed once, those inside a block when it is drawn,
+so that memory grows with tokens / block.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,10 +18,8 @@ from torch import Tensor
 
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
-
-# A share below it says no more than "almost nothing".
-MIN_SHARE = 1e-3
-TINY = 1e-9
+from training.config import PrefixConfig
+from training.repeats import place_weights, places, spread
 
 
 @dataclass(frozen=True)
@@ -29,29 +27,45 @@ class Batch:
     """Examples of B tokens of one or more blocks.
 
     routing: by layer, in channel 0 a 1 for each routed expert, in channel 1 its `gate_offsets`; else 0.
-    history: the same, averaged over earlier tokens of the sequence, one average for each decay.
+    averages: of channel 0 over earlier tokens of the sequence, one for each decay.
+    repeats: of channel 0 over earlier places of this token (`training.repeats`).
     token_ids: ids of this token and of the tokens before it, -1 where unknown or before the start.
-    targets: 1 where routed.
     """
 
     routing: Float[Tensor, "B L 2 E"]
-    history: Float[Tensor, "B S L 2 E"]
+    averages: Float[Tensor, "B S L E"]
+    repeats: Float[Tensor, "B 2 L E"]
     token_ids: Int64[Tensor, "B R"]
-    targets: Float[Tensor, "B L E"]
+
+    @property
+    def targets(self) -> Float[Tensor, "B L E"]:
+        """1 where routed."""
+        return self.routing[:, :, 0]
 
     def to(self, device: torch.device) -> Batch:
         """The same on another device."""
         return Batch(*(tensor.to(device) for tensor in vars(self).values()))
 
+    def hiding(self, history: Bool[Tensor, "B"], ids: Bool[Tensor, "B"]) -> Batch:
+        """The same, some tokens as if their sequence began with them, some as if no token id were known."""
+        return Batch(
+            self.routing,
+            self.averages * ~history[:, None, None, None],
+            self.repeats * ~(history | ids)[:, None, None, None],
+            self.token_ids.masked_fill(ids[:, None], -1),
+        )
+
+
+TINY = 1e-9
+
 
 def gate_offsets(gates: Float[np.ndarray, "*N K"]) -> Float32[np.ndarray, "*N K"]:
-    """How far each routed expert's weight is above the others, in nats: log share less its mean.
+    """How much more than an equal share each routed expert weighs: K times its share, less 1.
 
-    0 where all are equal, hence where gates are unknown. A router makes it linear in the hidden state.
+    0 where all are equal, hence where gates are unknown. The scale of the gates does not matter.
     """
     share = gates / np.maximum(gates.sum(-1, keepdims=True), TINY)
-    logs = np.log(np.maximum(share, MIN_SHARE))
-    return (logs - logs.mean(-1, keepdims=True)).astype(np.float32)
+    return (gates.shape[-1] * share - 1).astype(np.float32)
 
 
 class Blocks:
@@ -60,45 +74,50 @@ class Blocks:
     Every array is kept as the trace has it; `draw` makes dense examples of a few blocks.
     """
 
-    def __init__(
-        self, trace: RoutingTrace, decays: Sequence[float], block_tokens: int, recent_tokens: int
-    ) -> None:
+    def __init__(self, trace: RoutingTrace, block_tokens: int, config: PrefixConfig) -> None:
         self.spec: RoutingSpec = trace.spec
         self.block_tokens = block_tokens
-        self.decays = np.asarray(decays, np.float32)
+        self.decays = np.asarray(config.decays, np.float32)
         self.experts: Int16[np.ndarray, "N L K"] = trace.experts
         self.gates = trace.gates
-        self.token_ids = recent_ids(trace, recent_tokens)
+        self.token_ids = recent_ids(trace, config.recent_tokens)
         self.first, self.length, self._begins = cut(trace.starts, block_tokens)
+        self._places = places(trace, config.window, config.repeats)
+        self._place_weights = place_weights(config.repeats, config.repeat_decay)
         self._inside = decay_kernel(self.decays, block_tokens)
-        self._start = self._histories_at_start()
+        self._start = self._averages_at_start()
 
     def __len__(self) -> int:
         return len(self.first)
 
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""
-        tokens, inside = self._tokens(blocks), self.inside(blocks)
-        routing = self._dense(tokens)  # N T F
-        fading = self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32)  # S T
-        history = self._inside_averages(routing)
-        history += fading.T[None, :, :, None] * self._start[blocks].astype(np.float32)[:, None]
-        routing = routing[inside].reshape(-1, self.spec.num_layers, 2, self.spec.num_experts)
-        history = history[inside].reshape(-1, len(self.decays), *routing.shape[1:])
-        hidden = np.repeat(hide_gates, self.length[blocks])
-        routing[hidden, :, 1] = 0
-        history[hidden, :, :, 1] = 0
+        places_, inside = self._tokens(blocks), self.inside(blocks)
+        layers, experts = self.spec.num_layers, self.spec.num_experts
+        averages = self._averages(blocks, places_)[inside].unflatten(-1, (layers, experts))
+        tokens = places_[inside]
+        offsets = self._offsets(tokens)
+        offsets[np.repeat(hide_gates, self.length[blocks])] = 0
         return Batch(
-            routing=torch.from_numpy(routing),
-            history=torch.from_numpy(history),
-            token_ids=torch.from_numpy(self.token_ids[tokens[inside]]),
-            targets=torch.from_numpy(routing[:, :, 0].copy()),
+            routing=torch.stack([self._routed(tokens), torch.from_numpy(offsets)], 2),
+            averages=averages,
+            repeats=self._repeats(tokens),
+            token_ids=torch.from_numpy(self.token_ids[tokens]),
         )
 
-    def _inside_averages(self, routing: Float32[np.ndarray, "N T F"]) -> Float32[np.ndarray, "N T S F"]:
+    def _averages(self, blocks: Int64[np.ndarray, "N"], tokens: Int64[np.ndarray, "N T"]) -> Tensor:
+        """[N T S F]: what was carried to the block's start, fading, and the block's own earlier tokens."""
         # By torch: numpy's threads would go on spinning beside it.
-        averages = torch.einsum("stu,nuf->ntsf", torch.from_numpy(self._inside), torch.from_numpy(routing))
-        return averages.numpy()
+        routed = self._routed(tokens).flatten(2)
+        fading = torch.from_numpy(self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32))
+        carried = torch.from_numpy(self._start[blocks]).float()
+        inside = torch.einsum("stu,nuf->ntsf", torch.from_numpy(self._inside), routed)
+        return inside.addcmul_(fading.T[None, :, :, None], carried[:, None])
+
+    def _repeats(self, tokens: Int64[np.ndarray, "N"]) -> Float[Tensor, "N 2 L E"]:
+        places_ = self._places[tokens]
+        weights = torch.from_numpy(places_ >= 0) * self._place_weights
+        return spread(torch.from_numpy(self.experts[places_]), weights, self.spec.num_experts)
 
     def in_order(self, tokens: int) -> Iterator[Batch]:
         """All tokens, in order, about so many at a time."""
@@ -116,19 +135,23 @@ class Blocks:
         steps = np.minimum(np.arange(self.block_tokens), self.length[blocks][:, None] - 1)
         return self.first[blocks][:, None] + steps
 
-    def _dense(self, tokens: Int64[np.ndarray, "*N"]) -> Float32[np.ndarray, "*N F"]:
-        """Features of these tokens, F = L x 2 x E."""
-        spec = self.spec
-        dense = np.zeros((*tokens.shape, spec.num_layers, 2, spec.num_experts), np.float32)
-        routed = self.experts[tokens].astype(np.int64)
-        np.put_along_axis(dense[..., 0, :], routed, 1.0, -1)
-        if self.gates is not None:
-            np.put_along_axis(dense[..., 1, :], routed, gate_offsets(self.gates[tokens]), -1)
-        return dense.reshape(*tokens.shape, -1)
+    def _routed(self, tokens: Int64[np.ndarray, "*N"]) -> Float[Tensor, "*N L E"]:
+        """1 for each routed expert of these tokens, else 0."""
+        dense = torch.zeros(*tokens.shape, self.spec.num_layers, self.spec.num_experts)
+        return dense.scatter_(-1, torch.from_numpy(self.experts[tokens].astype(np.int64)), 1.0)
 
-    def _histories_at_start(self) -> Float16[np.ndarray, "N S F"]:
+    def _offsets(self, tokens: Int64[np.ndarray, "N"]) -> Float32[np.ndarray, "N L E"]:
+        """`gate_offsets` of each routed expert of these tokens, else 0."""
+        dense = np.zeros((len(tokens), self.spec.num_layers, self.spec.num_experts), np.float32)
+        if self.gates is not None:
+            np.put_along_axis(
+                dense, self.experts[tokens].astype(np.int64), gate_offsets(self.gates[tokens]), -1
+            )
+        return dense
+
+    def _averages_at_start(self) -> Float16[np.ndarray, "N S F"]:
         """Averages over all before each block: zero at a sequence's start, carried from block to block."""
-        width = self.spec.num_layers * 2 * self.spec.num_experts
+        width = self.spec.num_layers * self.spec.num_experts
         starts = np.zeros((len(self), len(self.decays), width), np.float16)
         carried = np.zeros((len(self.decays), width), np.float32)
         decays = self.decays[:, None]
@@ -140,7 +163,7 @@ class Blocks:
             starts[block] = carried
             if self.length[block] == self.block_tokens:  # a short block is its sequence's last
                 tokens = np.arange(self.first[block], self.first[block] + self.block_tokens)
-                carried = fade * carried + weight @ self._dense(tokens)
+                carried = fade * carried + weight @ self._routed(tokens).flatten(1).numpy()
         return starts
 
 

@@ -45,8 +45,7 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     predictor, seconds = trained(run, folder)
     halve(predictor)
     trace, _ = load_traces(run.validation_paths, "validation", run.spec.model)
-    config = run.predictor_config
-    blocks = Blocks(trace, config.decays, run.train_config.block_tokens, config.recent_tokens)
+    blocks = Blocks(trace, run.train_config.block_tokens, run.predictor_config)
     calibration, found = calibrated(predictor, blocks, progress=progress)
     stored = _assembled(run, predictor, calibration, found, seconds)
     check_parity(predictor, calibration, stored, trace)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -143,15 +143,15 @@ class Trainer:
         return total
 
     def _loss(self, plan: Plan) -> Float[Tensor, ""]:
-        batch = self.train.draw(plan.blocks, plan.hide_gates)
         inside = self.train.inside(plan.blocks)
-        ids = np.where(plan.hide_token[inside][:, None], -1, batch.token_ids.numpy())
-        rows, shared = self.predictor.vocabulary.rows(ids), self.predictor.vocabulary.shared_rows(ids)
-        shown_rows = torch.from_numpy(np.where(plan.make_rare[inside][:, None], shared, rows))
-        known = torch.from_numpy(~plan.hide_history[inside])
-        history = batch.history * known[:, None, None, None, None]
-        shown = replace(batch, history=history)
-        return self._summed_loss(self.predictor, shown, shown_rows, torch.from_numpy(plan.seen[inside]))[0]
+        hide_history, hide_token = (
+            torch.from_numpy(hide[inside]) for hide in (plan.hide_history, plan.hide_token)
+        )
+        batch = self.train.draw(plan.blocks, plan.hide_gates).hiding(hide_history, hide_token)
+        ids, vocabulary = batch.token_ids.numpy(), self.predictor.vocabulary
+        rare = plan.make_rare[inside][:, None]
+        rows = torch.from_numpy(np.where(rare, vocabulary.shared_rows(ids), vocabulary.rows(ids)))
+        return self._summed_loss(self.predictor, batch, rows, torch.from_numpy(plan.seen[inside]))[0]
 
     def _summed_loss(
         self, predictor: nn.Module, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]

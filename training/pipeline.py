@@ -62,7 +62,7 @@ def train(
         torch.manual_seed(train_config.seed)
         predictor = PREDICTORS[run.predictor](run.spec, predictor_config, run.vocabulary)
         blocks, looks = (
-            Blocks(trace, predictor_config.decays, train_config.block_tokens, predictor_config.recent_tokens)
+            Blocks(trace, train_config.block_tokens, predictor_config)
             for trace in (train_trace, validation_trace)
         )
         trainer = Trainer(predictor, blocks, looks, train_config, folder, where)

@@ -16,7 +16,6 @@ from tqdm import tqdm
 from model_store.manifest import Coverage
 from training.dataset import Blocks
 from training.predictors.prefix import PrefixPredictor
-from training.vocabulary import UNKNOWN_ROW
 
 LEVELS = (0.9, 0.95, 0.99)
 # The logits of a token at all its prefixes take L x L x E half-precision numbers, 37 kB for 24 x 32.
@@ -54,10 +53,12 @@ def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progr
     for start in tqdm(groups, desc="survey", unit="batch", disable=not progress, leave=False):
         numbers = chosen[start : start + at_once]
         batch = blocks.draw(numbers, np.zeros(len(numbers), bool))
-        ids = batch.token_ids.numpy()
-        rows = predictor.vocabulary.rows(ids) if token_ids else np.full_like(ids, UNKNOWN_ROW)
-        prefixes = seen.expand(len(ids), -1).to(device)
-        logits = predictor(batch.to(device), torch.from_numpy(rows).to(device), prefixes).cpu()
+        if not token_ids:
+            nobody = torch.zeros(len(batch.token_ids), dtype=torch.bool)
+            batch = batch.hiding(history=nobody, ids=~nobody)
+        rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
+        prefixes = seen.expand(len(rows), -1).to(device)
+        logits = predictor(batch.to(device), rows.to(device), prefixes).cpu()
         targets = batch.targets.bool()
         parts.append((logits.half().numpy(), targets.numpy(), _needed(logits, targets, spec.top_k).numpy()))
     return Survey(*(np.concatenate(column) for column in zip(*parts, strict=True)))

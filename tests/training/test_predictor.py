@@ -44,9 +44,9 @@ def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3])
-@pytest.mark.parametrize("token", [0, 1, 20])
+@pytest.mark.parametrize("token", [0, 1, 20, 31])
 def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, token: int, seen: int) -> None:
-    blocks = Blocks(TRAIN, PREDICTOR.decays, 32, PREDICTOR.recent_tokens)
+    blocks = Blocks(TRAIN, 32, PREDICTOR)
     batch = next(blocks.in_order(32))
     rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
     with torch.no_grad():
