@@ -21,7 +21,12 @@ from speculation.errors import GraphRefused, ProviderUnavailable
 Provider = Literal["cpu", "cuda"]
 ProviderChoice = Literal["auto", "cpu", "cuda"]
 NAME_OF_PROVIDER: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
-ONNX_TYPE = {"float32": "tensor(float)", "int32": "tensor(int32)", "int64": "tensor(int64)", "uint8": "tensor(uint8)"}
+ONNX_TYPE = {
+    "float32": "tensor(float)",
+    "int32": "tensor(int32)",
+    "int64": "tensor(int64)",
+    "uint8": "tensor(uint8)",
+}
 
 # ONNX Runtime's severities. Its errors reach us as exceptions, so that it need not print them too.
 WARNING, FATAL = 2, 4

@@ -1,15 +1,14 @@
 """Making confidence true: three numbers for each distance, fitted on the validation split, in the graph.
 
-Platt scaling (Platt 1999) with a slope for each side of the decision: logits are stretched by `below` where they
-are negative and by `above` where they are positive, and shifted by `bias`:
+Platt scaling (Platt 1999) with a slope for each side of the decision: logits are stretched by `below`
+where they are negative and by `above` where they are positive, and shifted by `bias`:
 
     p = sigmoid(bias + below min(z, 0) + above max(z, 0))
 
-One slope for both sides left an expected calibration error of 0.027 on the split it was fitted on: most experts
-are far from being routed, and they decide that one slope. Beta calibration (Kull, Silva Filho and Flach 2017)
-bends smoothly at 0 instead, is no truer here, and costs ten times as much in the graph. Fitted for each
-distance to the target layer, for token start for each layer, and all of it once with token ids and once
-without, since a forecast knows less then.
+One slope for both sides left an expected calibration error of 0.027 on the split it was fitted on: most
+experts are far from being routed, and they decide that one slope. Fitted for each distance to the target
+layer, for token start for each layer, and all of it once with token ids and once without, since a forecast
+knows less then.
 """
 
 from __future__ import annotations

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -60,7 +60,7 @@ def _index_select(x: Any, axis: int, index: Any) -> Any:
 
 
 # Each operator saved is a microsecond saved when served.
-LEAN = {torch.ops.aten.index_select.default: _index_select}
+LEAN: dict[Callable[..., Any], Callable[..., Any]] = {torch.ops.aten.index_select.default: _index_select}
 
 
 @torch.no_grad()

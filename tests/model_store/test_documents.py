@@ -66,7 +66,10 @@ STATE = {"name": "average", "dtype": "float32", "shape": [4, 8]}
         ({"state": [STATE, STATE]}, "two inputs have the name average"),
         ({"state": [STATE | {"name": "gates"}]}, "two inputs have the name gates"),
         ({"state": [STATE | {"name": "../x"}]}, r"state.0.name: String should match pattern .*, came '../x'"),
-        ({"state": [STATE | {"dtype": "object"}]}, "state.0.dtype: Input should be 'float32', 'int32', 'int64' or 'uint8'"),
+        (
+            {"state": [STATE | {"dtype": "object"}]},
+            "state.0.dtype: Input should be 'float32', 'int32', 'int64' or 'uint8'",
+        ),
         ({"state": [STATE | {"shape": [1 << 12, 1 << 12]}]}, "16777216 elements, expected 4194304 at most"),
         ({"golden": [[0.5] * 8] * 3}, "golden must be 4 x 8"),
         ({"golden": [[1.5] * 8] * 4}, "golden.0.0: Input should be less than or equal to 1, came 1.5"),

@@ -41,7 +41,10 @@ def naive_averages(trace: RoutingTrace) -> np.ndarray:
 def naive_repeats(trace: RoutingTrace, order: int) -> np.ndarray:
     """By comparing each token with all before it: the same id, and `order` ids before it, too."""
     assert trace.token_ids is not None
-    ids, repeats = trace.token_ids, np.zeros((trace.num_tokens, trace.spec.num_layers, trace.spec.num_experts))
+    ids, repeats = (
+        trace.token_ids,
+        np.zeros((trace.num_tokens, trace.spec.num_layers, trace.spec.num_experts)),
+    )
     for sequence in range(trace.num_sequences):
         tokens = trace.sequence(sequence)
         for token in range(tokens.start, tokens.stop):

@@ -14,7 +14,9 @@ from training.predictors.prefix import PrefixPredictor
 from training.processes import Processes
 from training.vocabulary import Vocabulary
 
-PREDICTOR = PrefixConfig(width=16, hidden=32, blocks=1, decays=(0.0, 0.8), window=24, earlier_width=8, token_width=4)
+PREDICTOR = PrefixConfig(
+    width=16, hidden=32, blocks=1, decays=(0.0, 0.8), window=24, earlier_width=8, token_width=4
+)
 TRAIN = toy_trace((60, 40, 30), seed=1)
 VALIDATION = toy_trace((30, 20), seed=2)
 
@@ -43,8 +45,5 @@ def toy_trainer(
     """A trainer at its first step, seeded."""
     torch.manual_seed(config.seed)
     network = PrefixPredictor(TRAIN.spec, predictor, Vocabulary.of(TRAIN.token_ids))
-    blocks = [
-        Blocks(trace, config.block_tokens, predictor)
-        for trace in (TRAIN, VALIDATION)
-    ]
+    blocks = [Blocks(trace, config.block_tokens, predictor) for trace in (TRAIN, VALIDATION)]
     return Trainer(network, blocks[0], blocks[1], config, folder, where)

@@ -121,9 +121,7 @@ class PrefixPredictor(nn.Module):
         plain, faded = (weights[seen] @ layers for weights in self.layer_weights)
         return plain + self.fading(faded)
 
-    def encode_past(
-        self, maps: Float[Tensor, "B Q L E"], rows: Int64[Tensor, "B R"]
-    ) -> Float[Tensor, "B D"]:
+    def encode_past(self, maps: Float[Tensor, "B Q L E"], rows: Int64[Tensor, "B R"]) -> Float[Tensor, "B D"]:
         """The share of x that is the same for every prefix of a token: earlier routing and the ids."""
         x: Tensor = self.earlier_trunk(self.earlier(self._drop(maps.flatten(2))).flatten(1))
         return x + self.token_trunk(self._drop(self.tokens(rows)).flatten(1)) if self.reads_ids else x
@@ -141,14 +139,16 @@ class PrefixPredictor(nn.Module):
         spec, config = self.spec, self.config
         state = [
             StateTensor(name="context", dtype="float32", shape=(config.width,)),
-            StateTensor(name="maps", dtype="float32", shape=(self.maps * spec.num_layers * spec.num_experts,)),
+            StateTensor(
+                name="maps", dtype="float32", shape=(self.maps * spec.num_layers * spec.num_experts,)
+            ),
         ]
         if self.reads_ids:
-            routed = "uint8" if spec.num_experts <= BYTE_VALUES else "int32"
             window = (config.window, spec.num_layers * spec.top_k)
+            small = spec.num_experts <= BYTE_VALUES
             state += [
                 StateTensor(name="ids", dtype="int64", shape=(ORDERS, config.window)),
-                StateTensor(name="routed", dtype=routed, shape=window),
+                StateTensor(name="routed", dtype="uint8" if small else "int32", shape=window),
             ]
         return Predict(self, calibration), Advance(self), tuple(state)
 
@@ -205,7 +205,8 @@ class Predict(nn.Module):
         plain, faded = self._prefix_sums(experts, gates, seen)
         told = [faded]
         if predictor.reads_ids:
-            maps = self._with_repeats(maps, *past, torch.where(known, token_id + 1, -1))
+            ids, routed = past
+            maps = self._with_repeats(maps, ids, routed, torch.where(known, token_id + 1, -1))
             row = self.row_of_id.index_select(0, (token_id + 1).clamp(0, len(self.row_of_id) - 1))
             repeats = maps[:, -ORDERS * predictor.earlier.in_features :].unflatten(1, (ORDERS, -1))
             told += [predictor.tokens.weight.index_select(0, row), predictor.earlier(repeats).flatten(1)]
