@@ -92,10 +92,10 @@ class Blocks:
 
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""
-        places_, inside = self._tokens(blocks), self.inside(blocks)
+        drawn, inside = self._tokens(blocks), self.inside(blocks)
         layers, experts = self.spec.num_layers, self.spec.num_experts
-        averages = self._averages(blocks, places_)[inside].unflatten(-1, (layers, experts))
-        tokens = places_[inside]
+        averages = self._averages(blocks, drawn)[inside].unflatten(-1, (layers, experts))
+        tokens = drawn[inside]
         offsets = self._offsets(tokens)
         offsets[np.repeat(hide_gates, self.length[blocks])] = 0
         return Batch(
@@ -115,9 +115,9 @@ class Blocks:
         return inside.addcmul_(fading.T[None, :, :, None], carried[:, None])
 
     def _repeats(self, tokens: Int64[np.ndarray, "N"]) -> Float[Tensor, "N 2 L E"]:
-        places_ = self._places[tokens]
-        weights = torch.from_numpy(places_ >= 0) * self._place_weights
-        return spread(torch.from_numpy(self.experts[places_]), weights, self.spec.num_experts)
+        earlier = self._places[tokens]
+        weights = torch.from_numpy(earlier >= 0) * self._place_weights
+        return spread(torch.from_numpy(self.experts[earlier]), weights, self.spec.num_experts)
 
     def in_order(self, tokens: int) -> Iterator[Batch]:
         """All tokens, in order, about so many at a time."""

@@ -43,12 +43,12 @@ def places(trace: RoutingTrace, window: int, most: int) -> Int32[np.ndarray, "N 
     return found
 
 
-def place_weights(places_: int, decay: float) -> Float[Tensor, "J"]:
+def place_weights(count: int, decay: float) -> Float[Tensor, "J"]:
     """What each place counts: `decay` times as much as the next newer one, 1 if all are found.
 
     Where fewer are found, they count less together: a single place is weak evidence.
     """
-    weights = decay ** torch.arange(places_, dtype=torch.float32)
+    weights = decay ** torch.arange(count, dtype=torch.float32)
     return weights / weights.sum()
 
 
@@ -56,9 +56,9 @@ def spread(
     experts: Int[Tensor, "*N J L K"], weights: Float[Tensor, "*N J"], num_experts: int
 ) -> Float[Tensor, "*N L E"]:
     """The places' routing, added up: of each expert, how much weight went to it."""
-    *batch, places_, layers, top_k = experts.shape
+    *batch, count, layers, top_k = experts.shape
     first = torch.arange(layers, device=experts.device)[:, None] * num_experts
-    target = (experts.long() + first).reshape(*batch, places_ * layers * top_k)
-    share = weights[..., None].expand(*batch, places_, layers * top_k).reshape(target.shape)
+    target = (experts.long() + first).reshape(*batch, count * layers * top_k)
+    share = weights[..., None].expand(*batch, count, layers * top_k).reshape(target.shape)
     empty = torch.zeros(*batch, layers * num_experts, device=experts.device)
     return empty.scatter_add(-1, target, share).unflatten(-1, (layers, num_experts))

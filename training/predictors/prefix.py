@@ -12,7 +12,7 @@ trunk says:
     y = norm(blocks(x))
     z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]
 
-A trunk of 256 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
+A trunk of 192 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
 through. What the past adds to x is added up once a token, in `advance`.
 """
 
@@ -40,7 +40,7 @@ from training.vocabulary import Vocabulary
 SMALL = 0.02
 # What each earlier map counts in the logits before anything is learnt.
 COPY = 0.3
-# An expert's id fits into a byte.
+# Expert ids below it fit into a byte.
 BYTE_VALUES = 256
 
 
@@ -241,10 +241,10 @@ class Predict(nn.Module):
         """The maps with `training.repeats` in the empty ones. wanted: what to look for among `ids`."""
         same = ids == wanted[:, None, None]
         newest, place = torch.where(same, self.newest_first, 0.0).topk(self.predictor.config.repeats)
-        places_, slots = self.weights.shape
-        place = place.view(-1, places_, 1).expand(-1, -1, slots)
+        count, slots = self.weights.shape
+        place = place.view(-1, count, 1).expand(-1, -1, slots)
         target = routed.gather(1, place).long() + self.first_of_place  # B 2*J L*K
-        weights = torch.where((newest > 0).view(-1, places_, 1), self.weights, 0.0)
+        weights = torch.where((newest > 0).view(-1, count, 1), self.weights, 0.0)
         return maps.scatter_add(1, target.flatten(1), weights.flatten(1))
 
 
