@@ -17,7 +17,7 @@ from typing import TypeVar
 from pydantic import TypeAdapter, ValidationError
 
 from model_store.errors import AliasInvalid, ChecksumMismatch, FileRefused, ManifestInvalid, ModelNotFound
-from model_store.manifest import ADVANCE, MANIFEST, PREDICT, Draft, File, GraphName, Manifest
+from model_store.manifest import MANIFEST, Draft, File, GraphName, Manifest
 from traces.spec import MODEL_NAME, SpecError
 
 ALIASES = "aliases.json"
@@ -56,13 +56,13 @@ def check_alias(alias: str) -> str:
     return alias
 
 
-def complete(draft: Draft, version: int, predict: bytes, advance: bytes) -> Manifest:
-    """The manifest under which these two graphs are published as `version`, now."""
+def complete(draft: Draft, version: int, graphs: Mapping[GraphName, bytes]) -> Manifest:
+    """The manifest under which these graphs are published as `version`, now."""
     return Manifest(
         **{name: getattr(draft, name) for name in Draft.model_fields},
         version=version,
         created=datetime.now(UTC).replace(microsecond=0),
-        files={PREDICT: _described(predict, PREDICT), ADVANCE: _described(advance, ADVANCE)},
+        files={name: _described(content, name) for name, content in graphs.items()},
     )
 
 

@@ -13,14 +13,14 @@ import secrets
 import shutil
 import stat
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from model_store import documents
 from model_store.documents import ALIASES, MAX_DOCUMENT_BYTES, MAX_FILE_BYTES, VERSION_NAME
 from model_store.errors import FileRefused, ModelNotFound, PublishConflict, StoreUnavailable, VersionNotFound
-from model_store.manifest import ADVANCE, MANIFEST, PREDICT, Draft, Manifest
+from model_store.manifest import MANIFEST, Draft, GraphName, Manifest
 from model_store.store import StoredVersion, select
 from traces.spec import MODEL_NAME
 
@@ -70,16 +70,16 @@ class FolderStore:
     def load(self, model: str, version: int) -> StoredVersion:
         manifest = self.manifest(model, version)
         folder = self._folder(model, version)
-        graphs = [
-            documents.check_bytes(
+        graphs = {
+            name: documents.check_bytes(
                 manifest, name, self._read(folder / name, MAX_FILE_BYTES), origin=str(folder / name)
             )
-            for name in (PREDICT, ADVANCE)
-        ]
-        return StoredVersion(manifest, *graphs)
+            for name in manifest.files
+        }
+        return StoredVersion(manifest, graphs)
 
     def publish(
-        self, draft: Draft, predict: bytes, advance: bytes, *, aliases: Sequence[str] = ()
+        self, draft: Draft, graphs: Mapping[GraphName, bytes], *, aliases: Sequence[str] = ()
     ) -> Manifest:
         model = draft.spec.model
         for alias in aliases:
@@ -87,7 +87,7 @@ class FolderStore:
         with self._translated():
             (self._root / model).mkdir(parents=True, exist_ok=True)
             self._remove_leftovers(model)
-            manifest = self._publish_next(draft, predict, advance)
+            manifest = self._publish_next(draft, graphs)
         for alias in aliases:
             self.set_alias(model, alias, manifest.version)
         return manifest
@@ -144,17 +144,17 @@ class FolderStore:
                 )
             return path.read_bytes()
 
-    def _publish_next(self, draft: Draft, predict: bytes, advance: bytes) -> Manifest:
+    def _publish_next(self, draft: Draft, graphs: Mapping[GraphName, bytes]) -> Manifest:
         model = draft.spec.model
         # A number that an alias still remembers is not given to other bytes.
         version = 1 + max([0, *self._numbers(model), *self.aliases(model).values()])
         temporary = self._root / model / f"{TEMPORARY}{secrets.token_hex(8)}"
         temporary.mkdir()
         try:
-            _write(temporary / PREDICT, predict)
-            _write(temporary / ADVANCE, advance)
+            for name, content in graphs.items():
+                _write(temporary / name, content)
             for number in range(version, version + MAX_ATTEMPTS):
-                manifest = documents.complete(draft, number, predict, advance)
+                manifest = documents.complete(draft, number, graphs)
                 _write(temporary / MANIFEST, documents.written(manifest))
                 _flush_folder(temporary)
                 if _renamed(temporary, temporary.with_name(str(number))):

@@ -1,6 +1,6 @@
 """What a version says of itself: `manifest.json`, read before any of its other files is trusted.
 
-<store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}
+<store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}; some have begin.onnx and step.onnx
 """
 
 from __future__ import annotations
@@ -16,11 +16,13 @@ from traces.spec import RoutingSpec
 SCHEMA_VERSION: Final = 1
 PREDICT: Final = "predict.onnx"
 ADVANCE: Final = "advance.onnx"
+BEGIN: Final = "begin.onnx"
+STEP: Final = "step.onnx"
 MANIFEST: Final = "manifest.json"
 # Of one sequence; thousands of sequences may have theirs in memory at once.
 MAX_STATE_ELEMENTS = 1 << 22
 
-GraphName = Literal["predict.onnx", "advance.onnx"]
+GraphName = Literal["predict.onnx", "advance.onnx", "begin.onnx", "step.onnx"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -31,7 +33,7 @@ class Part(BaseModel):
 
 
 class StateTensor(Part):
-    """One tensor of the per-sequence state. It starts as zeros; `shape` is without the leading batch axis."""
+    """One tensor that a sequence carries. `shape` is without the leading batch axis."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
     dtype: Literal["float32", "int32", "int64", "uint8"]
@@ -40,9 +42,7 @@ class StateTensor(Part):
     @model_validator(mode="after")
     def _fits_into_memory(self) -> Self:
         if (elements := math.prod(self.shape)) > MAX_STATE_ELEMENTS:
-            raise ValueError(
-                f"state {self.name} has {elements} elements, expected {MAX_STATE_ELEMENTS} at most"
-            )
+            raise ValueError(f"{self.name} has {elements} elements, expected {MAX_STATE_ELEMENTS} at most")
         return self
 
 
@@ -115,7 +115,11 @@ class Draft(Part):
     # Which of the optional inputs change its predictions. It works without them too (-1, uniform).
     uses_token_ids: bool
     uses_gates: bool
+    # From token to token, zeros at first; fixed during a token, as begin makes them; from step to step, zeros
+    # at token start.
     state: tuple[StateTensor, ...]
+    token: tuple[StateTensor, ...] = ()
+    progress: tuple[StateTensor, ...] = ()
     opset: Annotated[int, Field(ge=1)]
     # metrics[split][distance][metric]; distance "start", "1", "2", ...
     metrics: dict[str, dict[str, dict[str, float]]]
@@ -132,9 +136,12 @@ class Draft(Part):
         for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
             if len(table) != layers or any(n > experts for row in table for n in row):
                 raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
-        names = ["token_id", "experts", "gates", *(tensor.name for tensor in self.state)]
+        names = ["token_id", "experts", "gates", *(["layers"] if self.token else [])]
+        names += [tensor.name for tensor in (*self.state, *self.token, *self.progress)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two inputs have the name {twice[0]}")
+        if bool(self.token) != bool(self.progress):
+            raise ValueError("token and progress belong together: begin makes the one, step the other")
         return self
 
 
@@ -149,4 +156,15 @@ class Manifest(Draft):
     def _files_are_complete(self) -> Self:
         if missing := {PREDICT, ADVANCE} - set(self.files):
             raise ValueError(f"files lacks {', '.join(sorted(missing))}")
+        # Step by step needs both graphs and says what they pass on; a version that says nothing has neither.
+        incremental = {BEGIN, STEP} if self.token else set()
+        if (came := {BEGIN, STEP} & set(self.files)) != incremental:
+            raise ValueError(
+                f"files has {_listed(came)} of {BEGIN} and {STEP}, expected {_listed(incremental)}: "
+                f"both where token and progress are described, else none"
+            )
         return self
+
+
+def _listed(names: set[str]) -> str:
+    return " and ".join(sorted(names)) or "none"

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -22,7 +22,7 @@ from botocore.exceptions import BotoCoreError, ClientError
 from model_store import documents
 from model_store.documents import ALIASES, MAX_DOCUMENT_BYTES, MAX_FILE_BYTES, VERSION_NAME
 from model_store.errors import FileRefused, ModelNotFound, PublishConflict, StoreUnavailable, VersionNotFound
-from model_store.manifest import ADVANCE, MANIFEST, PREDICT, Draft, Manifest
+from model_store.manifest import MANIFEST, PREDICT, Draft, GraphName, Manifest
 from model_store.store import StoredVersion, select
 from traces.spec import MODEL_NAME
 
@@ -83,15 +83,15 @@ class S3Store:
 
     def load(self, model: str, version: int) -> StoredVersion:
         manifest = self.manifest(model, version)
-        graphs = []
-        for name in (PREDICT, ADVANCE):
+        graphs: dict[GraphName, bytes] = {}
+        for name in manifest.files:
             key = f"{model}/{version}/{name}"
             content, _ = self._required(key, MAX_FILE_BYTES)
-            graphs.append(documents.check_bytes(manifest, name, content, origin=self._origin(key)))
-        return StoredVersion(manifest, *graphs)
+            graphs[name] = documents.check_bytes(manifest, name, content, origin=self._origin(key))
+        return StoredVersion(manifest, graphs)
 
     def publish(
-        self, draft: Draft, predict: bytes, advance: bytes, *, aliases: Sequence[str] = ()
+        self, draft: Draft, graphs: Mapping[GraphName, bytes], *, aliases: Sequence[str] = ()
     ) -> Manifest:
         model = draft.spec.model
         for alias in aliases:
@@ -100,10 +100,11 @@ class S3Store:
         begun = [int(version) for _, version, _ in self._keys(f"{model}/")]
         version = 1 + max([0, *begun, *self.aliases(model).values()])
         for number in range(version, version + MAX_ATTEMPTS):
-            manifest = documents.complete(draft, number, predict, advance)
-            files = {PREDICT: predict, ADVANCE: advance, MANIFEST: documents.written(manifest)}
-            # The first file claims the number: whoever loses it writes nothing more there.
-            if all(self._put_new(f"{model}/{number}/{name}", content) for name, content in files.items()):
+            manifest = documents.complete(draft, number, graphs)
+            # The first file, the same for all, claims the number: whoever loses it writes nothing more there.
+            graph_files = sorted(graphs.items(), key=lambda file: file[0] != PREDICT)
+            files = [*graph_files, (MANIFEST, documents.written(manifest))]
+            if all(self._put_new(f"{model}/{number}/{name}", content) for name, content in files):
                 break
         else:
             raise PublishConflict(

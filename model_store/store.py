@@ -14,7 +14,7 @@ from typing import Protocol
 
 from model_store.documents import VERSION_NAME, check_alias
 from model_store.errors import StoreError, StoreUnavailable, VersionNotFound
-from model_store.manifest import Draft, Manifest
+from model_store.manifest import Draft, GraphName, Manifest
 
 BUNDLED = Path(__file__).parent / "bundled"
 PRODUCTION = "production"
@@ -22,11 +22,10 @@ PRODUCTION = "production"
 
 @dataclass(frozen=True)
 class StoredVersion:
-    """A version in memory, every byte checked. `predict` and `advance` are ONNX graphs."""
+    """A version in memory, every byte checked. graphs: the manifest's files, each an ONNX graph."""
 
     manifest: Manifest
-    predict: bytes = field(repr=False)
-    advance: bytes = field(repr=False)
+    graphs: Mapping[GraphName, bytes] = field(repr=False)
 
 
 class Store(Protocol):
@@ -59,7 +58,7 @@ class Store(Protocol):
         """A version, every byte checked against its manifest."""
 
     def publish(
-        self, draft: Draft, predict: bytes, advance: bytes, *, aliases: Sequence[str] = ()
+        self, draft: Draft, graphs: Mapping[GraphName, bytes], *, aliases: Sequence[str] = ()
     ) -> Manifest:
         """Make it the next version, whole or not at all, then let the aliases point to it."""
 

@@ -5,6 +5,7 @@ SpecMoEError
     ├── InputInvalid         an array or an option of the caller is not what it must be
     ├── CoverageUnknown      no coverage table answers the question
     ├── ProviderUnavailable  the accelerator asked for does not work here
+    ├── GraphFailed          a graph stopped at what it was given
     └── GraphRefused         a version's graphs are not what its manifest promises
         └── GoldenMismatch   it runs, but answers otherwise than when it was published
 """
@@ -28,6 +29,10 @@ class CoverageUnknown(SpeculationError):
 
 class ProviderUnavailable(SpeculationError):
     """The accelerator asked for does not work here."""
+
+
+class GraphFailed(SpeculationError):
+    """A graph stopped at what it was given: an index beyond a table, out of a state that is none."""
 
 
 class GraphRefused(SpeculationError):

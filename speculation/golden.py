@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 from jaxtyping import Float, Float32, Int32, Int64
 
+from model_store.manifest import STEP
 from speculation.errors import GoldenMismatch
+from speculation.steps import Steps, step_through
 from traces.spec import RoutingSpec
 
 if TYPE_CHECKING:
-    from speculation.runtime import Speculator
+    from speculation.runtime import Speculator, State
 
 NUM_TOKENS = 4
 # Half precision on an accelerator stays within it, a wrong weight does not.
@@ -39,28 +41,45 @@ def golden_inputs(
 
 def golden_probabilities(speculator: Speculator) -> Float[np.ndarray, "L E"]:
     """What it predicts for the last token, the first half of its layers seen; rows of seen layers are 0."""
+    state, token_ids, experts, gates = _last_token(speculator)
+    return _unseen(speculator.predict(state, token_ids, experts, gates)[0])
+
+
+def check_golden(speculator: Speculator) -> None:
+    """Raises GoldenMismatch where the answer is no probability or not the published one.
+
+    A version that can go step by step must come to the same answer layer by layer.
+    """
+    _check(speculator, "predicts", golden_probabilities(speculator))
+    if STEP in speculator.graphs:
+        stepped = step_through(Steps(speculator), *_last_token(speculator), at_once=1)[0]
+        _check(speculator, "predicts, step by step,", _unseen(stepped))
+
+
+def _last_token(
+    speculator: Speculator,
+) -> tuple[State, Int64[np.ndarray, "1"], Int32[np.ndarray, "1 L K"], Float32[np.ndarray, "1 L K"]]:
+    """(state, token id, experts, gates): the last of the golden tokens, half of its layers seen."""
     token_ids, experts, gates = golden_inputs(speculator.spec)
     state = speculator.initial_state(1)
     for t in range(NUM_TOKENS - 1):
         state = speculator.advance(state, token_ids[t : t + 1], experts[t : t + 1], gates[t : t + 1])
-    seen = speculator.spec.num_layers // 2
     current = experts[-1:].copy()
-    current[:, seen:] = -1
-    probabilities: Float[np.ndarray, "L E"] = speculator.predict(state, token_ids[-1:], current, gates[-1:])[
-        0
-    ]
-    probabilities[:seen] = 0.0
-    return probabilities
+    current[:, speculator.spec.num_layers // 2 :] = -1
+    return state, token_ids[-1:], current, gates[-1:]
 
 
-def check_golden(speculator: Speculator) -> None:
-    """Raises GoldenMismatch where the answer is no probability or not the published one."""
-    came = golden_probabilities(speculator)
+def _unseen(probabilities: Float32[np.ndarray, "L E"]) -> Float32[np.ndarray, "L E"]:
+    """The same with rows of seen layers, which mean nothing, set to 0."""
+    return np.where(np.arange(len(probabilities))[:, None] < len(probabilities) // 2, 0.0, probabilities)
+
+
+def _check(speculator: Speculator, predicts: str, came: Float[np.ndarray, "L E"]) -> None:
     possible = (came >= 0) & (came <= 1)  # NaN is neither
     if not possible.all():
         layer, expert = np.argwhere(~possible)[0]
         raise GoldenMismatch(
-            f"{speculator.origin} predicts {came[layer, expert]} for layer {layer}, expert {expert}, "
+            f"{speculator.origin} {predicts} {came[layer, expert]} for layer {layer}, expert {expert}, "
             "expected a probability.",
             remedy="Train or export it again; do not serve it.",
         )
@@ -68,7 +87,7 @@ def check_golden(speculator: Speculator) -> None:
     if difference.max() > TOLERANCE:
         layer, expert = np.unravel_index(difference.argmax(), difference.shape)
         raise GoldenMismatch(
-            f"{speculator.origin} predicts {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
+            f"{speculator.origin} {predicts} {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
             f"{speculator.provider}, its manifest promises {speculator.manifest.golden[layer][expert]:.4f}.",
             remedy="Export it again, or run it on the provider it was checked on (`cpu`).",
         )

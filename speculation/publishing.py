@@ -1,6 +1,6 @@
 """From an export to a published version: only what was run here, and answered as promised, is published.
 
-training's export -> FOLDER/{predict.onnx, advance.onnx, draft.json} -> publish_export() -> store
+training's export -> FOLDER/{predict.onnx, advance.onnx, ..., draft.json} -> publish_export() -> store
 
 specmoe publish FOLDER --store ./store --alias production
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model_store.documents import MAX_DOCUMENT_BYTES, MAX_FILE_BYTES, complete, read_draft
 from model_store.errors import FileRefused
-from model_store.manifest import ADVANCE, PREDICT, Manifest
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, Manifest
 from model_store.store import Store, StoredVersion
 from speculation.golden import check_golden
 from speculation.runtime import Speculator
@@ -27,18 +27,19 @@ def publish_export(folder: Path, store: Store, *, aliases: Sequence[str] = ()) -
     `Store.publish` raises.
     """
     draft = read_draft(_read(folder / DRAFT, MAX_DOCUMENT_BYTES), origin=str(folder / DRAFT))
-    predict, advance = (_read(folder / name, MAX_FILE_BYTES) for name in (PREDICT, ADVANCE))
+    names: tuple[GraphName, ...] = (PREDICT, ADVANCE, BEGIN, STEP) if draft.token else (PREDICT, ADVANCE)
+    graphs = {name: _read(folder / name, MAX_FILE_BYTES) for name in names}
     # The number is given by the store; until then it is the first of its kind.
-    unpublished = StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+    unpublished = StoredVersion(complete(draft, 1, graphs), graphs)
     check_golden(Speculator(unpublished, provider="cpu", origin=str(folder)))
-    return store.publish(draft, predict, advance, aliases=aliases)
+    return store.publish(draft, graphs, aliases=aliases)
 
 
 def _read(path: Path, most_bytes: int) -> bytes:
     if not path.is_file():
         raise FileRefused(
             f"{path} is missing.",
-            remedy=f"Name a folder with {PREDICT}, {ADVANCE} and {DRAFT}, as export writes it.",
+            remedy=f"Name a folder with {DRAFT} and all the graphs it describes, as export writes it.",
         )
     if path.stat().st_size > most_bytes:
         raise FileRefused(

@@ -1,6 +1,7 @@
-"""A version, running: two ONNX Runtime sessions behind two pure functions.
+"""A version, running: ONNX Runtime sessions behind pure functions.
 
 store.load() -> Speculator -> advance / predict -> ranking, coverage, demand
+                           -> Steps: the same, layer by layer (`speculation.steps`)
 
 python -c "from speculation.runtime import load_speculator as load; print(load('gpt-oss-20b').spec)"
 """
@@ -11,19 +12,19 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
-import onnxruntime
 from jaxtyping import Float32, Int32, Int64
 
-from model_store.manifest import ADVANCE, PREDICT, Manifest
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, Manifest, StateTensor
 from model_store.store import Store, StoredVersion, open_store
 from speculation.errors import InputInvalid
 from speculation.golden import check_golden
 from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates
 from speculation.session import (
+    Graph,
     Provider,
     ProviderChoice,
+    Signature,
     Tensor,
-    check_signature,
     choose_provider,
     open_session,
 )
@@ -39,6 +40,7 @@ LARGEST_KEPT_BATCH = 64
 class Speculator:
     """Runs one version. Holds no sequence: state goes in and comes out, so threads may share it.
 
+    graphs: what the version can do, for those who check what they put in themselves.
     provider: `auto` takes CUDA where it really works; threads: ONNX Runtime's, within one call; origin: what
     messages call the version (`model/version`).
     Raises GraphRefused where the graphs are not what the manifest says, ProviderUnavailable.
@@ -57,17 +59,16 @@ class Speculator:
         self.manifest: Manifest = stored.manifest
         self.spec: RoutingSpec = stored.manifest.spec
         self.origin: str = origin or f"{self.spec.model}/{self.manifest.version}"
-        predict, advance = f"{self.origin}/{PREDICT}", f"{self.origin}/{ADVANCE}"
-        self.provider: Provider = choose_provider(provider, stored.predict, predict)
-        self._predict = open_session(stored.predict, predict, self.provider, threads)
-        self._advance = open_session(stored.advance, advance, self.provider, threads)
-        inputs, probabilities, next_state = _signature(self.manifest)
-        check_signature(self._predict, predict, inputs, [probabilities])
-        check_signature(self._advance, advance, inputs, next_state)
+        self.provider: Provider = choose_provider(
+            provider, stored.graphs[PREDICT], f"{self.origin}/{PREDICT}"
+        )
+        self.graphs: dict[GraphName, Graph] = {}
+        for name, signature in _signatures(self.manifest).items():
+            origin = f"{self.origin}/{name}"
+            session = open_session(stored.graphs[name], origin, self.provider, threads)
+            self.graphs[name] = Graph(session, origin, signature)
+        self._predict, self._advance = self.graphs[PREDICT], self.graphs[ADVANCE]
         self._state = [(t.name, np.dtype(t.dtype), t.shape) for t in self.manifest.state]
-        self._next_names = [tensor.name for tensor in next_state]
-        # Made once: a call with its own costs 2 µs more.
-        self._run_options = onnxruntime.RunOptions()
         self._defaults = {batch: self._absent(batch) for batch in range(1, LARGEST_KEPT_BATCH + 1)}
 
     def initial_state(self, batch: int) -> State:
@@ -85,8 +86,8 @@ class Speculator:
 
         token_ids: -1 or None where unknown; gates: any positive scale, None where unknown.
         """
-        feed = self._feed(state, token_ids, experts, gates)
-        return tuple(self._advance.run(self._next_names, feed, self._run_options))
+        routing = self._checked(state, token_ids, experts, gates)
+        return tuple(self._advance(*[state[place] for place in self._advance.reads], *routing))
 
     def predict(
         self,
@@ -100,18 +101,17 @@ class Speculator:
         experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing.
         Raises InputInvalid.
         """
-        feed = self._feed(state, token_ids, experts, gates)
-        probabilities: np.ndarray[Any, Any] = self._predict.run(_PROBABILITIES, feed, self._run_options)[0]
-        return probabilities
+        routing = self._checked(state, token_ids, experts, gates)
+        return self._predict(*[state[place] for place in self._predict.reads], *routing)[0]
 
-    def _feed(
+    def _checked(
         self,
         state: State,
         token_ids: np.ndarray[Any, Any] | None,
         experts: np.ndarray[Any, Any],
         gates: np.ndarray[Any, Any] | None,
-    ) -> dict[str, np.ndarray[Any, Any]]:
-        """The graphs' inputs, checked: a few microseconds for one sequence."""
+    ) -> tuple[np.ndarray[Any, Any], ...]:
+        """(token ids, experts, gates), they and the state checked: a few microseconds for one sequence."""
         spec = self.spec
         # At least one: an empty batch, too, is told what was expected.
         batch = len(experts) or 1 if isinstance(experts, np.ndarray) and experts.ndim else 1
@@ -126,7 +126,6 @@ class Speculator:
             absent = self._defaults.get(batch) or self._absent(batch)
             token_ids = absent[0] if token_ids is None else token_ids
             gates = absent[1] if gates is None else gates
-        feed = {"token_id": token_ids, "experts": experts, "gates": gates}
         if len(state) != len(self._state):
             raise InputInvalid(
                 f"state has {len(state)} arrays, expected {len(self._state)}.",
@@ -134,8 +133,7 @@ class Speculator:
             )
         for array, (name, dtype, shape) in zip(state, self._state, strict=True):
             check_array(f"state {name}", array, dtype, (batch, *shape))
-            feed[name] = array
-        return feed
+        return token_ids, experts, gates
 
     def _absent(self, batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """What stands for unknown token ids and gates."""
@@ -161,18 +159,32 @@ def load_speculator(
     return speculator
 
 
-_PROBABILITIES = ["probabilities"]
-
-
-def _signature(manifest: Manifest) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """(inputs of both graphs, output of predict, outputs of advance), as the contract has them."""
+def _signatures(manifest: Manifest) -> dict[GraphName, Signature]:
+    """What each of the version's graphs takes and returns, as the contract has it."""
     spec = manifest.spec
-    slots = (spec.num_layers, spec.top_k)
-    state = [Tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in manifest.state]
-    routing = [
-        Tensor("token_id", "int64", ()),
-        Tensor("experts", "int32", slots),
-        Tensor("gates", "float32", slots),
-    ]
+    state, token, progress = map(_tensors, (manifest.state, manifest.token, manifest.progress))
+    token_id = Tensor("token_id", "int64", ())
+    routing = (token_id, *_routing(spec.num_layers, spec.top_k))
     probabilities = Tensor("probabilities", "float32", (spec.num_layers, spec.num_experts))
-    return [*state, *routing], probabilities, [Tensor(f"next_{t.name}", t.dtype, t.shape) for t in state]
+    found: dict[GraphName, Signature] = {
+        PREDICT: Signature(state, routing, (probabilities,)),
+        ADVANCE: Signature(state, routing, _next(state)),
+    }
+    if not token:
+        return found
+    told = (Tensor("layers", "int32", (None,)), *_routing(None, spec.top_k))
+    found[BEGIN] = Signature(state, (token_id,), token)
+    found[STEP] = Signature(state, (*token, *progress, *told), (*_next(progress), probabilities))
+    return found
+
+
+def _routing(layers: int | None, top_k: int) -> tuple[Tensor, Tensor]:
+    return Tensor("experts", "int32", (layers, top_k)), Tensor("gates", "float32", (layers, top_k))
+
+
+def _tensors(carried: tuple[StateTensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(tensor.name, tensor.dtype, tensor.shape) for tensor in carried)
+
+
+def _next(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    return tuple(Tensor(f"next_{tensor.name}", tensor.dtype, tensor.shape) for tensor in tensors)

@@ -12,11 +12,13 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import onnxruntime
+from onnxruntime.capi.onnxruntime_pybind11_state import InvalidArgument
 
-from speculation.errors import GraphRefused, ProviderUnavailable
+from speculation.errors import GraphFailed, GraphRefused, ProviderUnavailable
 
 Provider = Literal["cpu", "cuda"]
 ProviderChoice = Literal["auto", "cpu", "cuda"]
@@ -34,14 +36,18 @@ WARNING, FATAL = 2, 4
 
 @dataclass(frozen=True)
 class Tensor:
-    """What the contract says of a graph's input or output. `shape`: without the leading batch axis."""
+    """What the contract says of a graph's input or output.
+
+    shape: without the leading batch axis; None for an axis that is free.
+    """
 
     name: str
     dtype: str
-    shape: tuple[int, ...]
+    shape: tuple[int | None, ...]
 
     def __str__(self) -> str:
-        return f"{self.dtype} [{', '.join(['B', *map(str, self.shape)])}]"
+        axes = ["B", *("M" if size is None else str(size) for size in self.shape)]
+        return f"{self.dtype} [{', '.join(axes)}]"
 
 
 def choose_provider(choice: ProviderChoice, graph: bytes, origin: str) -> Provider:
@@ -86,22 +92,57 @@ def open_session(graph: bytes, origin: str, provider: Provider, threads: int) ->
         ) from error
 
 
-def check_signature(
-    session: onnxruntime.InferenceSession, origin: str, inputs: Sequence[Tensor], outputs: Sequence[Tensor]
+@dataclass(frozen=True)
+class Signature:
+    """What the contract says of a graph. state: inputs it may leave out; the others it must have."""
+
+    state: tuple[Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
+
+
+class Graph:
+    """A session that does what the contract says: arrays in, arrays out, in the order of `Signature`.
+
+    reads: which of the state's tensors it takes, by their place. Raises GraphRefused, naming the tensor.
+    """
+
+    def __init__(self, session: onnxruntime.InferenceSession, origin: str, signature: Signature) -> None:
+        found = {argument.name for argument in session.get_inputs()}
+        self.reads = tuple(place for place, tensor in enumerate(signature.state) if tensor.name in found)
+        inputs = [*(signature.state[place] for place in self.reads), *signature.inputs]
+        _check_arguments(origin, "input", session.get_inputs(), inputs)
+        _check_arguments(origin, "output", session.get_outputs(), signature.outputs)
+        self._session, self._origin = session, origin
+        self._inputs = [tensor.name for tensor in inputs]
+        self._outputs = [tensor.name for tensor in signature.outputs]
+        # Made once: a call with its own costs 2 µs more.
+        self._options = onnxruntime.RunOptions()
+
+    def __call__(self, *arrays: np.ndarray[Any, Any]) -> list[np.ndarray[Any, Any]]:
+        """Outputs from inputs: the state's tensors that it reads, then all others. Raises GraphFailed."""
+        feed = dict(zip(self._inputs, arrays, strict=True))
+        try:
+            outputs: list[np.ndarray[Any, Any]] = self._session.run(self._outputs, feed, self._options)
+        except InvalidArgument as error:  # on a GPU, an index beyond a table is passed over
+            raise GraphFailed(
+                f"{self._origin} stopped at what it was given: {error}",
+                remedy="Give it a state as advance returned it, or as initial_state() makes it.",
+            ) from error
+        return outputs
+
+
+def _check_arguments(
+    origin: str, kind: str, found: Sequence[onnxruntime.NodeArg], expected: Sequence[Tensor]
 ) -> None:
-    """Raises GraphRefused, naming the tensor, where the graph's inputs or outputs are not the contract's."""
-    for kind, expected, found in (
-        ("input", inputs, session.get_inputs()),
-        ("output", outputs, session.get_outputs()),
-    ):
-        came = {argument.name: argument for argument in found}
-        wanted = {tensor.name for tensor in expected}
-        if came.keys() != wanted:
-            raise GraphRefused(
-                f"{origin} has the {kind}s {_listed(came)}, expected {_listed(wanted)}.", remedy=_REMEDY
-            )
-        for tensor in expected:
-            _check_tensor(f"{origin}: {kind} {tensor.name}", came[tensor.name], tensor)
+    came = {argument.name: argument for argument in found}
+    wanted = {tensor.name for tensor in expected}
+    if came.keys() != wanted:
+        raise GraphRefused(
+            f"{origin} has the {kind}s {_listed(came)}, expected {_listed(wanted)}.", remedy=_REMEDY
+        )
+    for tensor in expected:
+        _check_tensor(f"{origin}: {kind} {tensor.name}", came[tensor.name], tensor)
 
 
 _REMEDY = "Export it again: its signature follows from the manifest's spec and state."

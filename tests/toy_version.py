@@ -3,12 +3,14 @@
 Its probabilities depend on everything a predictor may depend on: state (an average of past routing, the last
 token id), the current token id, and the layers seen so far, weighted by gate.
 
-    draft, predict, advance = toy_version()
+    draft, graphs = toy_version()               # toy_version(steps=True): with begin and step
     store = open_store(toy_store(tmp_path))     # "toy": versions 1 and 2, production = 2
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,19 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from model_store.documents import complete
-from model_store.manifest import Coverage, Draft, Lineage, Predictor, StateTensor, TraceSource
+from model_store.manifest import (
+    ADVANCE,
+    BEGIN,
+    PREDICT,
+    STEP,
+    Coverage,
+    Draft,
+    GraphName,
+    Lineage,
+    Predictor,
+    StateTensor,
+    TraceSource,
+)
 from model_store.store import StoredVersion, open_store
 from speculation.golden import golden_probabilities
 from speculation.runtime import Speculator
@@ -31,22 +45,35 @@ LEVELS = (0.9, 0.95, 0.99)
 
 
 def toy_version(
-    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, **overrides: Any
-) -> tuple[Draft, bytes, bytes]:
-    """(draft, predict graph, advance graph). bias: added to the logits; overrides: fields of the draft."""
-    predict, advance = _predict_graph(spec, bias), _advance_graph(spec)
-    draft = Draft(**(_fields(spec) | overrides))
+    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, steps: bool = False, **overrides: Any
+) -> tuple[Draft, dict[GraphName, bytes]]:
+    """(draft, graphs). bias: added to the logits; steps: with begin, step; overrides: fields of the draft."""
+    graphs: dict[GraphName, bytes] = {PREDICT: _predict_graph(spec, bias), ADVANCE: _advance_graph(spec)}
+    fields = _fields(spec)
+    if steps:
+        graphs |= {BEGIN: _begin_graph(spec, bias), STEP: _step_graph(spec)}
+        per_expert = (spec.num_layers, spec.num_experts)
+        fields["token"] = (StateTensor(name="expected", dtype="float32", shape=per_expert),)
+        fields["progress"] = (StateTensor(name="heard", dtype="float32", shape=per_expert),)
+    draft = Draft(**(fields | overrides))
     if "golden" not in overrides:
-        unchecked = StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+        unchecked = StoredVersion(complete(draft, 1, graphs), graphs)
         golden = golden_probabilities(Speculator(unchecked, provider="cpu"))
         draft = draft.model_copy(update={"golden": tuple(tuple(map(float, row)) for row in golden)})
-    return draft, predict, advance
+    return draft, graphs
 
 
-def toy_stored(spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, **overrides: Any) -> StoredVersion:
+def toy_stored(
+    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, steps: bool = False, **overrides: Any
+) -> StoredVersion:
     """The toy as if it had been loaded from a store."""
-    draft, predict, advance = toy_version(spec, bias=bias, **overrides)
-    return StoredVersion(complete(draft, 1, predict, advance), predict, advance)
+    draft, graphs = toy_version(spec, bias=bias, steps=steps, **overrides)
+    return StoredVersion(complete(draft, 1, graphs), graphs)
+
+
+def with_graphs(stored: StoredVersion, graphs: Mapping[GraphName, bytes]) -> StoredVersion:
+    """The same with other graphs."""
+    return replace(stored, graphs={**stored.graphs, **graphs})
 
 
 def toy_store(folder: Path) -> Path:
@@ -95,16 +122,26 @@ def _fields(spec: RoutingSpec) -> dict[str, Any]:
     }
 
 
-def _inputs(spec: RoutingSpec) -> list[onnx.ValueInfoProto]:
-    layers, top_k = spec.num_layers, spec.top_k
-    value = helper.make_tensor_value_info
+def _state(spec: RoutingSpec) -> list[onnx.ValueInfoProto]:
+    return [_per_expert("average", spec), _value("last_token", TensorProto.INT32, ["B", 1])]
+
+
+def _token_id() -> onnx.ValueInfoProto:
+    return _value("token_id", TensorProto.INT64, ["B"])
+
+
+def _routing(spec: RoutingSpec, layers: int | str) -> list[onnx.ValueInfoProto]:
     return [
-        value("average", TensorProto.FLOAT, ["B", layers, spec.num_experts]),
-        value("last_token", TensorProto.INT32, ["B", 1]),
-        value("token_id", TensorProto.INT64, ["B"]),
-        value("experts", TensorProto.INT32, ["B", layers, top_k]),
-        value("gates", TensorProto.FLOAT, ["B", layers, top_k]),
+        _value("experts", TensorProto.INT32, ["B", layers, spec.top_k]),
+        _value("gates", TensorProto.FLOAT, ["B", layers, spec.top_k]),
     ]
+
+
+def _per_expert(name: str, spec: RoutingSpec) -> onnx.ValueInfoProto:
+    return _value(name, TensorProto.FLOAT, ["B", spec.num_layers, spec.num_experts])
+
+
+_value = helper.make_tensor_value_info
 
 
 def _constants(spec: RoutingSpec) -> dict[str, np.ndarray]:
@@ -115,6 +152,7 @@ def _constants(spec: RoutingSpec) -> dict[str, np.ndarray]:
         "half": np.array(0.5, np.float32),
         "tiny": np.array(1e-9, np.float32),
         "depth": np.array(experts, np.int64),
+        "layer_depth": np.array(layers, np.int64),
         "off_on": np.array([0, 1], np.float32),
         "slots": np.array([2], np.int64),
         "last": np.array([-1], np.int64),
@@ -146,11 +184,10 @@ def _used() -> list[onnx.NodeProto]:
     ]
 
 
-def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
+def _expected() -> list[onnx.NodeProto]:
+    """average, last_token, token_id -> expected [B, L, E]: logits with no layer seen."""
     node = helper.make_node
-    nodes = [
-        *_used(),
-        node("MatMul", ["earlier", "used"], ["heard"]),
+    return [
         node("Cast", ["last_token"], ["last_token_float"], to=TensorProto.FLOAT),
         node("Cast", ["token_id"], ["token_float"], to=TensorProto.FLOAT),
         node("Unsqueeze", ["token_float", "middle"], ["token_column"]),
@@ -159,15 +196,22 @@ def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
         node("Unsqueeze", ["tokens", "last"], ["tokens_wide"]),
         node("Mul", ["tokens_wide", "frequencies"], ["angles"]),
         node("Sin", ["angles"], ["waves"]),
-        node("Add", ["heard", "average"], ["evidence"]),
-        node("Add", ["evidence", "waves"], ["sum"]),
-        node("Add", ["sum", "bias"], ["logits"]),
+        node("Add", ["average", "waves"], ["sum"]),
+        node("Add", ["sum", "bias"], ["expected"]),
+    ]
+
+
+def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
+    node = helper.make_node
+    nodes = [
+        *_used(),
+        node("MatMul", ["earlier", "used"], ["heard"]),
+        *_expected(),
+        node("Add", ["heard", "expected"], ["logits"]),
         node("Sigmoid", ["logits"], ["probabilities"]),
     ]
-    output = helper.make_tensor_value_info(
-        "probabilities", TensorProto.FLOAT, ["B", spec.num_layers, spec.num_experts]
-    )
-    return _graph("predict", nodes, spec, [output], {"bias": np.array(bias, np.float32)})
+    inputs = [*_state(spec), _token_id(), *_routing(spec, spec.num_layers)]
+    return _graph("predict", nodes, spec, inputs, [_per_expert("probabilities", spec)], bias)
 
 
 def _advance_graph(spec: RoutingSpec) -> bytes:
@@ -179,26 +223,54 @@ def _advance_graph(spec: RoutingSpec) -> bytes:
         node("Cast", ["token_id"], ["token_int"], to=TensorProto.INT32),
         node("Unsqueeze", ["token_int", "middle"], ["next_last_token"]),
     ]
-    outputs = [
-        helper.make_tensor_value_info(
-            "next_average", TensorProto.FLOAT, ["B", spec.num_layers, spec.num_experts]
-        ),
-        helper.make_tensor_value_info("next_last_token", TensorProto.INT32, ["B", 1]),
+    inputs = [*_state(spec), _token_id(), *_routing(spec, spec.num_layers)]
+    outputs = [_per_expert("next_average", spec), _value("next_last_token", TensorProto.INT32, ["B", 1])]
+    return _graph("advance", nodes, spec, inputs, outputs)
+
+
+def _begin_graph(spec: RoutingSpec, bias: float) -> bytes:
+    return _graph(
+        "begin", _expected(), spec, [*_state(spec), _token_id()], [_per_expert("expected", spec)], bias
+    )
+
+
+def _step_graph(spec: RoutingSpec) -> bytes:
+    """Reads nothing of the state: all that is needed of it is in `expected`."""
+    node = helper.make_node
+    nodes = [
+        *_used(),
+        # A layer of -1 counts from the end here; nothing was used in it.
+        node("Cast", ["layers"], ["layer_ids"], to=TensorProto.INT64),
+        node("OneHot", ["layer_ids", "layer_depth", "off_on"], ["layer_onehot"], axis=1),
+        node("MatMul", ["layer_onehot", "used"], ["used_by_layer"]),
+        node("MatMul", ["earlier", "used_by_layer"], ["heard_now"]),
+        node("Add", ["heard", "heard_now"], ["next_heard"]),
+        node("Add", ["next_heard", "expected"], ["logits"]),
+        node("Sigmoid", ["logits"], ["probabilities"]),
     ]
-    return _graph("advance", nodes, spec, outputs, {})
+    inputs = [
+        _per_expert("expected", spec),
+        _per_expert("heard", spec),
+        _value("layers", TensorProto.INT32, ["B", "M"]),
+        *_routing(spec, "M"),
+    ]
+    return _graph(
+        "step", nodes, spec, inputs, [_per_expert("next_heard", spec), _per_expert("probabilities", spec)]
+    )
 
 
 def _graph(
     name: str,
     nodes: list[onnx.NodeProto],
     spec: RoutingSpec,
+    inputs: list[onnx.ValueInfoProto],
     outputs: list[onnx.ValueInfoProto],
-    extra: dict[str, np.ndarray],
+    bias: float = 0.0,
 ) -> bytes:
     needed = {tensor for node in nodes for tensor in node.input}
-    constants = {key: value for key, value in (_constants(spec) | extra).items() if key in needed}
-    initializers = [numpy_helper.from_array(value, key) for key, value in constants.items()]
-    graph = helper.make_graph(nodes, name, _inputs(spec), outputs, initializers)
+    constants = _constants(spec) | {"bias": np.array(bias, np.float32)}
+    initializers = [numpy_helper.from_array(value, key) for key, value in constants.items() if key in needed]
+    graph = helper.make_graph(nodes, name, inputs, outputs, initializers)
     model = helper.make_model(
         graph, opset_imports=[helper.make_opsetid("", OPSET)], ir_version=IR_VERSION, producer_name="toy"
     )

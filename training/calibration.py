@@ -39,10 +39,12 @@ class Calibration(nn.Module):
             nn.Buffer(torch.full((rows, num_layers), value)) for value in IDENTITY
         )
 
-    def forward(
-        self, logits: Float[Tensor, "B L E"], seen: Int32[Tensor, "B"], token_known: Bool[Tensor, "B"]
-    ) -> Float[Tensor, "B L E"]:
-        row = torch.where(token_known, seen + (self.num_layers + 1), seen)
+    def first_row(self, token_known: Bool[Tensor, "B"]) -> Int32[Tensor, "B"]:
+        """Where the tables of a token begin, with or without an id."""
+        return token_known.int() * (self.num_layers + 1)
+
+    def forward(self, logits: Float[Tensor, "B L E"], row: Int32[Tensor, "B"]) -> Float[Tensor, "B L E"]:
+        """Probabilities. row: `first_row` plus the number of layers seen."""
         below, more, bias = (
             table[..., None].index_select(0, row)
             for table in (self.below, self.above - self.below, self.bias)

@@ -67,7 +67,7 @@ class PrefixConfig:
     width: of the trunk (channels).
     hidden: of a residual block (channels).
     blocks: residual blocks (count).
-    decays: of the averages over past tokens; 0 is the previous token alone (per token).
+    decays: of the averages over past tokens; the first is 0, the previous token alone (per token).
     window: how many tokens back the same token id is looked for (count).
     repeats: newest places with the same id that count (count).
     repeat_decay: what a place counts beside the next newer one (0 to 1).
@@ -83,7 +83,7 @@ class PrefixConfig:
     hidden: int = 384
     blocks: int = 1
     decays: tuple[float, ...] = (0.0, 0.7, 0.97)
-    window: int = 256
+    window: int = 192
     repeats: int = 3
     repeat_decay: float = 0.6
     earlier_width: int = 64
@@ -103,13 +103,14 @@ class PrefixConfig:
             self.window,
             f"at least repeats ({self.repeats}) and recent_tokens ({self.recent_tokens})",
         )
-        for name in ("layer_decay", "repeat_decay", "dropout", "input_dropout"):
+        _demand(0 < self.layer_decay < 1, "layer_decay", self.layer_decay, "between 0 and 1")
+        for name in ("repeat_decay", "dropout", "input_dropout"):
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         _demand(
-            bool(self.decays) and all(0 <= decay < 1 for decay in self.decays),
+            self.decays[:1] == (0.0,) and bool(self.decays[1:]) and all(0 < d < 1 for d in self.decays[1:]),
             "decays",
             self.decays,
-            "one or more numbers, 0 or more and below 1",
+            "0, then one or more between 0 and 1",
         )
 
 

@@ -11,12 +11,12 @@ import numpy as np
 import torch
 
 from model_store.documents import complete, written
-from model_store.manifest import ADVANCE, PREDICT, Draft, Lineage, Predictor, StateTensor
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, Draft, GraphName, Lineage, Predictor
 from model_store.store import StoredVersion
 from speculation.golden import golden_probabilities
 from speculation.publishing import DRAFT
 from speculation.runtime import Speculator
-from traces.trace import RoutingTrace
+from traces.spec import RoutingSpec
 from training import checkpoint
 from training.calibration import Calibration, fit
 from training.dataset import Blocks
@@ -24,15 +24,16 @@ from training.errors import ExportFailed
 from training.evaluate import score_version
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
+from training.parity import check_parity
 from training.predictors import PREDICTORS
 from training.predictors.prefix import PrefixPredictor
+from training.predictors.prefix_graphs import Served, served
 from training.run import Run, load_traces, read_run
 from training.survey import Survey, coverage, survey
 
 EXPORT = "export"
-# ONNX Runtime adds in another order than torch; nothing else may differ.
-PARITY_TOLERANCE = 1e-4
-PARITY_TOKENS = 64
+# Inputs of a step with an axis for the layers told.
+TOLD = ("layers", "experts", "gates")
 
 
 def export(folder: Path, *, progress: bool = False) -> Path:
@@ -47,8 +48,9 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     trace, _ = load_traces(run.validation_paths, "validation", run.spec.model)
     blocks = Blocks(trace, run.train_config.block_tokens, run.predictor_config)
     calibration, found = calibrated(predictor, blocks, progress=progress)
-    stored = _assembled(run, predictor, calibration, found, seconds)
-    check_parity(predictor, calibration, stored, trace)
+    functions = served(predictor, calibration)
+    stored = _assembled(run, predictor, functions, found, seconds)
+    check_parity(functions, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
     metrics = score_version(speculator, trace, progress=progress).distances()
     draft = _draft_of(stored, golden_probabilities(speculator), metrics)
@@ -85,15 +87,18 @@ def calibrated(
 
 
 def _assembled(
-    run: Run, predictor: PrefixPredictor, calibration: Calibration, found: Survey, seconds: float
+    run: Run, predictor: PrefixPredictor, functions: Served, found: Survey, seconds: float
 ) -> StoredVersion:
     """Graphs and manifest as a store would hold them, before golden values and metrics are known."""
-    predict, advance, state = predictor.graphs(calibration)
-    inputs = example_inputs(run, state)
-    graphs = (
-        to_onnx(predict, inputs, ["probabilities"]),
-        to_onnx(advance, inputs, [f"next_{tensor.name}" for tensor in state]),
-    )
+    graphs = {
+        name: to_onnx(
+            function,
+            example_inputs(run.spec, functions, name),
+            output_names(functions, name),
+            told=TOLD if name == STEP else (),
+        )
+        for name, function in functions.graphs.items()
+    }
     draft = Draft(
         spec=run.spec,
         predictor=Predictor(
@@ -103,7 +108,9 @@ def _assembled(
         ),
         uses_token_ids=bool(run.known_ids),
         uses_gates=True,
-        state=state,
+        state=functions.state,
+        token=functions.token,
+        progress=functions.progress,
         opset=OPSET,
         metrics={},
         coverage=coverage(found),
@@ -118,54 +125,34 @@ def _assembled(
             packages=run.packages,
         ),
     )
-    return StoredVersion(complete(draft, 1, *graphs), *graphs)
+    return StoredVersion(complete(draft, 1, graphs), graphs)
 
 
-def example_inputs(run: Run, state: tuple[StateTensor, ...]) -> dict[str, torch.Tensor]:
-    """Inputs of the two graphs for a batch of two sequences at their start."""
-    spec = run.spec
+def example_inputs(spec: RoutingSpec, functions: Served, name: GraphName) -> dict[str, torch.Tensor]:
+    """Inputs of a graph for a batch of two sequences at their start."""
+    carried = [tensor for tensor in functions.state if tensor.name in functions.reads[name]]
+    if name == STEP:
+        carried += [*functions.token, *functions.progress]
+    inputs = {t.name: torch.zeros((2, *t.shape), dtype=getattr(torch, t.dtype)) for t in carried}
     routed = (2, spec.num_layers, spec.top_k)
     experts = torch.arange(spec.top_k, dtype=torch.int32).expand(routed).contiguous()
-    return {
-        **{t.name: torch.zeros((2, *t.shape), dtype=getattr(torch, t.dtype)) for t in state},
-        "token_id": torch.zeros(2, dtype=torch.int64),
-        "experts": experts,
-        "gates": torch.full(routed, 1 / spec.top_k),
+    layers = torch.arange(spec.num_layers, dtype=torch.int32).expand(routed[:2]).contiguous()
+    token_id = {"token_id": torch.zeros(2, dtype=torch.int64)}
+    routing = {"experts": experts, "gates": torch.full(routed, 1 / spec.top_k)}
+    further: dict[GraphName, dict[str, torch.Tensor]] = {BEGIN: token_id, STEP: {"layers": layers, **routing}}
+    return inputs | further.get(name, token_id | routing)
+
+
+def output_names(functions: Served, name: GraphName) -> list[str]:
+    """Outputs of a graph, as the contract has them."""
+    state, progress = ([f"next_{t.name}" for t in part] for part in (functions.state, functions.progress))
+    names: dict[GraphName, list[str]] = {
+        PREDICT: ["probabilities"],
+        ADVANCE: state,
+        BEGIN: [tensor.name for tensor in functions.token],
+        STEP: [*progress, "probabilities"],
     }
-
-
-def check_parity(
-    predictor: PrefixPredictor, calibration: Calibration, stored: StoredVersion, trace: RoutingTrace
-) -> None:
-    """Run real tokens through torch and ONNX Runtime side by side. Raises ExportFailed where they part."""
-    predict, advance, state = predictor.graphs(calibration)
-    speculator = Speculator(stored, provider="cpu", origin="the export")
-    spec = trace.spec
-    ours = speculator.initial_state(1)
-    theirs = tuple(torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in state)
-    for token in range(min(PARITY_TOKENS, trace.sequence(0).stop)):
-        row = slice(token, token + 1)
-        ids = np.full(1, -1) if trace.token_ids is None else trace.token_ids[row].astype(np.int64)
-        experts = trace.experts[row].astype(np.int32)
-        gates = (
-            np.full(experts.shape, 1 / spec.top_k, np.float32) if trace.gates is None else trace.gates[row]
-        )
-        shown = experts.copy()
-        shown[:, token % spec.num_layers :] = -1
-        with torch.no_grad():
-            expected = predict(*theirs, *map(torch.from_numpy, (ids, shown, gates))).numpy()
-            theirs = advance(*theirs, *map(torch.from_numpy, (ids, experts, gates)))
-        came = speculator.predict(ours, ids, shown, gates)
-        ours = speculator.advance(ours, ids, experts, gates)
-        apart = max(
-            float(np.abs(a - np.asarray(b)).max())
-            for a, b in zip((came, *ours), (expected, *theirs), strict=True)
-        )
-        if not apart <= PARITY_TOLERANCE:
-            raise ExportFailed(
-                f"ONNX Runtime and torch differ by {apart:.1e} at token {token}, not {PARITY_TOLERANCE}.",
-                remedy="Report this with the versions of torch and onnxruntime.",
-            )
+    return names[name]
 
 
 def _draft_of(stored: StoredVersion, golden: np.ndarray, metrics: dict[str, dict[str, object]]) -> Draft:
@@ -188,6 +175,6 @@ def _flat(scores: dict[str, object], prefix: str = "") -> dict[str, float]:
 
 def _write(folder: Path, draft: Draft, stored: StoredVersion) -> Path:
     folder.mkdir(exist_ok=True)
-    for name, content in ((PREDICT, stored.predict), (ADVANCE, stored.advance), (DRAFT, written(draft))):
+    for name, content in [*stored.graphs.items(), (DRAFT, written(draft))]:
         (folder / name).write_bytes(content)
     return folder

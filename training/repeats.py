@@ -3,7 +3,7 @@
 A model routes a token much as it routed the same token some lines above, more so where the token before it
 was the same, too. So the last few such places are looked up, by id alone, in a window of earlier tokens.
 
-places -> spread -> repeats [.., ORDERS, L, E] of a training batch; `Predict` does the same from its window
+places -> spread -> repeats [.., ORDERS, L, E] of a training batch; `Begin` does the same from its window
 """
 
 from __future__ import annotations
@@ -36,8 +36,7 @@ def places(trace: RoutingTrace, window: int, most: int) -> Int32[np.ndarray, "N 
             keys = [(token,), (before, token)] if before >= 0 else [(token,)]
             for order, key in enumerate(keys if token >= 0 else []):
                 earlier = last.setdefault(key, [])
-                # The token before a place must be in the window as well.
-                near = [tokens.start + place for place in earlier if position - place <= window - order]
+                near = [tokens.start + place for place in earlier if position - place <= window]
                 found[tokens.start + position, order, : len(near)] = near
                 last[key] = [position, *earlier[: most - 1]]
     return found

@@ -14,9 +14,10 @@ from typing import Any
 import numpy as np
 import onnxruntime
 
-from model_store.manifest import ADVANCE, PREDICT
+from model_store.manifest import ADVANCE, PREDICT, GraphName
 from model_store.store import StoredVersion
 from specmoe.bench.latency import Latency, measure, warm_up
+from specmoe.bench.parts import Effort
 from specmoe.bench.routing import Routing, made_up
 from speculation.runtime import Speculator, State
 from speculation.session import open_session
@@ -32,7 +33,7 @@ class Case:
     """One call of a decode loop. seen: layers of the current token that are known."""
 
     name: str
-    graph: str
+    graph: GraphName
     seen: int
 
 
@@ -52,24 +53,22 @@ class ModelTime:
         self._speculator = speculator
         provider = speculator.provider
         self._sessions = {
-            PREDICT: open_session(stored.predict, PREDICT, provider, 1),
-            ADVANCE: open_session(stored.advance, ADVANCE, provider, 1),
+            name: open_session(stored.graphs[name], name, provider, 1) for name in (PREDICT, ADVANCE)
         }
         self._rows: list[tuple[Case, int, Latency, Latency]] = []
 
-    @property
-    def steps(self) -> int:
-        """How many measurements there are."""
+    def steps(self, effort: Effort) -> int:
+        """One for each case and batch size."""
         return len(cases(self._speculator.spec.num_layers)) * len(BATCHES)
 
-    def run(self, seconds: float) -> Generator[str]:
-        """Measure all, `seconds` for each; yields the name of what is measured next."""
+    def run(self, effort: Effort) -> Generator[str]:
+        """Measure all; yields the name of what is measured next."""
         for case in cases(self._speculator.spec.num_layers):
             for batch in BATCHES:
                 yield f"{case.name}, batch {batch}"
                 ours, bare = Latency(), Latency()
                 self._rows.append((case, batch, ours, bare))
-                self._measure(case, batch, ours, bare, seconds)
+                self._measure(case, batch, ours, bare, effort.model_seconds)
 
     def report(self) -> list[dict[str, Any]]:
         """Fit for JSON: a row a case and batch size. `session`: ONNX Runtime alone."""
@@ -81,9 +80,9 @@ class ModelTime:
 
     def _measure(self, case: Case, batch: int, ours: Latency, bare: Latency, seconds: float) -> None:
         speculator, session = self._speculator, self._sessions[case.graph]
-        state = _after_context(speculator, batch)
+        state = after_context(speculator, batch)
         inputs = [made_up(speculator.spec, batch=batch, seen=case.seen, seed=seed) for seed in range(INPUTS)]
-        feeds = [_feed(speculator, state, routing) for routing in inputs]
+        feeds = [_feed(session, speculator, state, routing) for routing in inputs]
         outputs = [output.name for output in session.get_outputs()]
         options = onnxruntime.RunOptions()
         method = speculator.predict if case.graph == PREDICT else speculator.advance
@@ -107,7 +106,7 @@ def caller(method: Callable[..., Any], state: State, inputs: Sequence[Routing]) 
     return call
 
 
-def _after_context(speculator: Speculator, batch: int) -> State:
+def after_context(speculator: Speculator, batch: int) -> State:
     """The state of sequences that have a little history: zeros may be a special case for a processor."""
     state = speculator.initial_state(batch)
     for seed in range(CONTEXT_TOKENS):
@@ -116,7 +115,11 @@ def _after_context(speculator: Speculator, batch: int) -> State:
     return state
 
 
-def _feed(speculator: Speculator, state: State, routing: Routing) -> dict[str, np.ndarray[Any, Any]]:
+def _feed(
+    session: onnxruntime.InferenceSession, speculator: Speculator, state: State, routing: Routing
+) -> dict[str, np.ndarray[Any, Any]]:
+    """What the session takes; a graph need not read all of the state."""
     names = [tensor.name for tensor in speculator.manifest.state]
-    feed = {"token_id": routing.token_ids, "experts": routing.experts, "gates": routing.gates}
-    return feed | dict(zip(names, state, strict=True))
+    given = {"token_id": routing.token_ids, "experts": routing.experts, "gates": routing.gates}
+    given |= dict(zip(names, state, strict=True))
+    return {taken.name: given[taken.name] for taken in session.get_inputs()}

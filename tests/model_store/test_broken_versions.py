@@ -9,6 +9,7 @@ import pytest
 
 from model_store import documents
 from model_store.errors import ChecksumMismatch, FileRefused, ManifestInvalid, VersionBroken
+from model_store.manifest import PREDICT
 from model_store.store import Store, broken, open_store
 
 
@@ -84,7 +85,7 @@ def test_a_link_within_the_store_is_followed(root, store):
     path = root / "toy" / "1" / "predict.onnx"
     path.rename(root / "blob")
     path.symlink_to(root / "blob")
-    assert store.load("toy", 1).predict == (root / "blob").read_bytes()
+    assert store.load("toy", 1).graphs[PREDICT] == (root / "blob").read_bytes()
 
 
 def test_a_version_copied_under_another_number_is_refused(root, store):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from model_store.documents import complete, read_aliases, read_draft, read_manifest, written
 from model_store.errors import ManifestInvalid
-from model_store.manifest import Draft, Manifest
+from model_store.manifest import ADVANCE, PREDICT, Draft, Manifest
 from tests.toy_version import toy_version
 
 ORIGIN = "store/toy/1/manifest.json"
@@ -19,7 +19,7 @@ ORIGIN = "store/toy/1/manifest.json"
 
 @pytest.fixture(scope="module")
 def manifest() -> Manifest:
-    return complete(toy_version()[0], 1, b"predict", b"advance")
+    return complete(toy_version()[0], 1, {PREDICT: b"predict", ADVANCE: b"advance"})
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,7 @@ def test_aliases_are_read_as_they_were_written(aliases):
 
 SPEC = {"model": "toy", "num_layers": 4, "num_experts": 8, "top_k": 2}
 STATE = {"name": "average", "dtype": "float32", "shape": [4, 8]}
+TENSOR = {"name": "told", "dtype": "float32", "shape": [3]}
 
 
 @pytest.mark.parametrize(
@@ -71,6 +72,14 @@ STATE = {"name": "average", "dtype": "float32", "shape": [4, 8]}
             "state.0.dtype: Input should be 'float32', 'int32', 'int64' or 'uint8'",
         ),
         ({"state": [STATE | {"shape": [1 << 12, 1 << 12]}]}, "16777216 elements, expected 4194304 at most"),
+        ({"token": [STATE], "progress": [STATE]}, "two inputs have the name average"),
+        ({"token": [TENSOR | {"name": "layers"}], "progress": [TENSOR]}, "two inputs have the name layers"),
+        ({"token": [TENSOR]}, "token and progress belong together"),
+        ({"progress": [TENSOR]}, "token and progress belong together"),
+        (
+            {"token": [TENSOR], "progress": [TENSOR | {"name": "seen"}]},
+            r"files has none of begin\.onnx and step\.onnx, expected begin\.onnx and step\.onnx",
+        ),
         ({"golden": [[0.5] * 8] * 3}, "golden must be 4 x 8"),
         ({"golden": [[1.5] * 8] * 4}, "golden.0.0: Input should be less than or equal to 1, came 1.5"),
         ({"golden": [[float("nan")] * 8] * 4}, "golden.0.0: Input should be a finite number, came nan"),
@@ -92,6 +101,22 @@ def test_a_wrong_field_is_named_with_what_came(fields, changed, reason):
     content = json.dumps(fields | changed).encode()
     with pytest.raises(ManifestInvalid, match=rf"^{ORIGIN}:? .*{reason}"):
         read_manifest(content, model="toy", version=1, origin=ORIGIN)
+
+
+def test_graphs_for_steps_come_in_pairs_and_described(fields):
+    described = {"token": [TENSOR], "progress": [TENSOR | {"name": "seen"}]}
+    begin = {"begin.onnx": fields["files"]["predict.onnx"]}
+    for changed in ({}, described):
+        content = json.dumps(fields | changed | {"files": fields["files"] | begin}).encode()
+        with pytest.raises(
+            ManifestInvalid, match=r"files has begin\.onnx of begin\.onnx and step\.onnx, expected"
+        ):
+            read_manifest(content, model="toy", version=1, origin=ORIGIN)
+
+
+def test_a_manifest_written_before_there_were_steps_is_read(fields, manifest):
+    older = {name: value for name, value in fields.items() if name not in ("token", "progress")}
+    assert read_manifest(json.dumps(older).encode(), model="toy", version=1, origin=ORIGIN) == manifest
 
 
 def test_a_missing_field_is_named(fields):

@@ -7,6 +7,7 @@ import sys
 import pytest
 
 from model_store.errors import ChecksumMismatch, FileRefused, PublishConflict, StoreUnavailable
+from model_store.manifest import ADVANCE
 from model_store.s3 import MAX_ATTEMPTS, S3Store
 from model_store.store import broken, open_store
 from tests.model_store.conftest import BUCKET
@@ -37,7 +38,7 @@ def test_a_number_begun_by_a_crashed_publisher_is_not_given_again(store, bucket,
     store.publish(*toys[0])
     bucket.put_object(Key="toy/2/predict.onnx", Body=b"half")
     assert store.publish(*toys[1]).version == 3
-    assert store.load("toy", 3).predict == toys[1][1]
+    assert store.load("toy", 3).graphs == toys[1][1]
 
 
 def test_a_number_taken_meanwhile_is_skipped_and_left_alone(store, toys, monkeypatch):
@@ -45,7 +46,7 @@ def test_a_number_taken_meanwhile_is_skipped_and_left_alone(store, toys, monkeyp
     # Another published between our look at the numbers and our first write.
     monkeypatch.setattr(S3Store, "_keys", _seen_nothing_once(S3Store._keys))
     assert store.publish(*toys[1]).version == 2
-    assert store.load("toy", 1).predict == toys[0][1]
+    assert store.load("toy", 1).graphs == toys[0][1]
 
 
 def test_a_storm_of_publishers_ends_in_an_error(store, bucket, toys, monkeypatch):
@@ -70,7 +71,7 @@ def test_aliases_changed_meanwhile_are_read_again(store, toys, monkeypatch):
 
 def test_a_changed_object_is_noticed(store, bucket, toys):
     store.publish(*toys[0])
-    bucket.put_object(Key="toy/1/advance.onnx", Body=b"x" * len(toys[0][2]))
+    bucket.put_object(Key="toy/1/advance.onnx", Body=b"x" * len(toys[0][1][ADVANCE]))
     with pytest.raises(ChecksumMismatch, match=rf"s3://{BUCKET}/toy/1/advance\.onnx has sha256"):
         store.load("toy", 1)
 

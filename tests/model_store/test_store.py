@@ -8,18 +8,26 @@ import threading
 import pytest
 
 from model_store.errors import AliasInvalid, FileRefused, ModelNotFound, VersionNotFound
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from model_store.store import open_store, select
-from tests.toy_version import TOY_SPEC
+from tests.toy_version import TOY_SPEC, toy_version
 from traces.spec import RoutingSpec
 
 
 def test_a_published_version_comes_back_byte_for_byte(store, toys):
-    draft, predict, advance = toys[0]
-    published = store.publish(draft, predict, advance)
+    draft, graphs = toys[0]
+    published = store.publish(draft, graphs)
 
     stored = store.load("toy", 1)
-    assert (stored.predict, stored.advance) == (predict, advance)
+    assert stored.graphs == graphs
     assert stored.manifest == published
+
+
+def test_a_version_with_steps_comes_back_with_them(store):
+    draft, graphs = toy_version(steps=True)
+    store.publish(draft, graphs)
+    assert store.load("toy", 1).graphs == graphs
+    assert set(store.manifest("toy", 1).files) == {PREDICT, ADVANCE, BEGIN, STEP}
 
 
 def test_the_manifest_says_what_the_draft_said(store, toys):
@@ -128,7 +136,7 @@ def test_a_version_that_is_not_there_does_not_load(store, toys, version):
 
 def test_an_empty_graph_is_not_published(store, toys):
     with pytest.raises(FileRefused, match=r"predict\.onnx has 0 bytes"):
-        store.publish(toys[0][0], b"", toys[0][2])
+        store.publish(toys[0][0], toys[0][1] | {PREDICT: b""})
 
 
 def test_publishers_at_once_each_get_their_own_number(store, toys):

@@ -9,10 +9,11 @@ import onnx
 import pytest
 from onnx import numpy_helper
 
+from model_store.manifest import PREDICT
 from speculation.errors import GoldenMismatch
 from speculation.golden import TOLERANCE, check_golden, golden_inputs, golden_probabilities
 from speculation.runtime import Speculator
-from tests.toy_version import TOY_SPEC, toy_stored
+from tests.toy_version import TOY_SPEC, toy_stored, with_graphs
 from traces.spec import RoutingSpec
 
 SPECS = [TOY_SPEC, RoutingSpec("one", 1, 2, 1), RoutingSpec("all", 3, 4, 4), RoutingSpec("wide", 26, 64, 6)]
@@ -72,7 +73,7 @@ def test_a_difference_of_rounding_passes():
 def test_what_is_no_probability_is_refused(bias):
     """With the sigmoid taken away, logits come out; NaN comes through it."""
     toy = toy_stored()
-    model = onnx.load_from_string(toy.predict)
+    model = onnx.load_from_string(toy.graphs[PREDICT])
     for tensor in model.graph.initializer:
         if tensor.name == "bias":
             tensor.CopyFrom(numpy_helper.from_array(np.array(bias, np.float32), "bias"))
@@ -80,4 +81,4 @@ def test_what_is_no_probability_is_refused(bias):
     with pytest.raises(
         GoldenMismatch, match=rf"toy/1 predicts {bias} for layer 2, expert 0, expected a probability"
     ):
-        check_golden(Speculator(replace(toy, predict=model.SerializeToString()), provider="cpu"))
+        check_golden(Speculator(with_graphs(toy, {PREDICT: model.SerializeToString()}), provider="cpu"))

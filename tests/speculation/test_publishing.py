@@ -15,14 +15,13 @@ from speculation.publishing import publish_export
 from tests.toy_version import toy_version
 
 
-@pytest.fixture
-def export(tmp_path: Path) -> Path:
+@pytest.fixture(params=[False, True], ids=["predict and advance", "with steps"])
+def export(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
     folder = tmp_path / "export"
     folder.mkdir()
-    draft, predict, advance = toy_version()
-    (folder / "draft.json").write_bytes(written(draft))
-    (folder / "predict.onnx").write_bytes(predict)
-    (folder / "advance.onnx").write_bytes(advance)
+    draft, graphs = toy_version(steps=request.param)
+    for name, content in {"draft.json": written(draft), **graphs}.items():
+        (folder / name).write_bytes(content)
     return folder
 
 
@@ -36,13 +35,21 @@ def test_an_export_becomes_the_next_version(export, tmp_path):
     publish_export(export, store)
     assert publish_export(export, store, aliases=["production"]).version == 2
     assert store.aliases("toy") == {"production": 2}
-    assert store.load("toy", 2).predict == (export / "predict.onnx").read_bytes()
+    graphs = {path.name: path.read_bytes() for path in export.glob("*.onnx")}
+    assert store.load("toy", 2).graphs == graphs
 
 
 @pytest.mark.parametrize("name", ["draft.json", "predict.onnx", "advance.onnx"])
 def test_a_missing_file_is_named(export, tmp_path, name):
     (export / name).unlink()
     refused(export, tmp_path, FileRefused, rf"export/{name} is missing.*as export writes it")
+
+
+@pytest.mark.parametrize("name", ["begin.onnx", "step.onnx"])
+def test_a_missing_step_is_named(export, tmp_path, name):
+    if (export / name).exists():
+        (export / name).unlink()
+        refused(export, tmp_path, FileRefused, rf"export/{name} is missing.*as export writes it")
 
 
 @pytest.mark.parametrize("name", ["predict.onnx", "advance.onnx"])

@@ -11,20 +11,20 @@ import onnx
 import pytest
 from onnx import TensorProto
 
-from model_store.manifest import StateTensor
+from model_store.manifest import ADVANCE, PREDICT, GraphName, StateTensor
 from model_store.store import StoredVersion
 from speculation.errors import GraphRefused
 from speculation.runtime import Speculator
-from tests.toy_version import toy_stored
+from tests.toy_version import toy_stored, with_graphs
 from traces.spec import RoutingSpec
 
 TOY = toy_stored()
 
 
-def edited(graph: bytes, edit: Callable[[onnx.GraphProto], None]) -> bytes:
-    model = onnx.load_from_string(graph)
+def edited(stored: StoredVersion, name: GraphName, edit: Callable[[onnx.GraphProto], None]) -> StoredVersion:
+    model = onnx.load_from_string(stored.graphs[name])
     edit(model.graph)
-    return model.SerializeToString()
+    return with_graphs(stored, {name: model.SerializeToString()})
 
 
 def refused(stored: StoredVersion, reason: str) -> None:
@@ -32,7 +32,7 @@ def refused(stored: StoredVersion, reason: str) -> None:
         Speculator(stored, provider="cpu")
 
 
-@pytest.mark.parametrize("name", ["predict", "advance"])
+@pytest.mark.parametrize("name", [PREDICT, ADVANCE])
 @pytest.mark.parametrize(
     "damage",
     [
@@ -45,8 +45,8 @@ def refused(stored: StoredVersion, reason: str) -> None:
 )
 def test_bytes_that_are_no_graph_are_refused(name, damage, capfd):
     refused(
-        replace(TOY, **{name: damage(getattr(TOY, name))}),
-        rf"^toy/1/{name}\.onnx is no graph that ONNX Runtime",
+        with_graphs(TOY, {name: damage(TOY.graphs[name])}),
+        rf"^toy/1/{name} is no graph that ONNX Runtime",
     )
     assert capfd.readouterr().err == ""
 
@@ -56,7 +56,7 @@ def test_an_operator_nobody_knows_is_refused():
         graph.node[0].op_type = "Guess"
 
     refused(
-        replace(TOY, predict=edited(TOY.predict, unknown)),
+        edited(TOY, PREDICT, unknown),
         "is no graph that ONNX Runtime .* can run: .*Guess",
     )
 
@@ -72,7 +72,7 @@ def test_weights_outside_the_file_are_refused(tmp_path, monkeypatch):
         weights.external_data.add(key="location", value="weights")
 
     monkeypatch.chdir(tmp_path)
-    refused(replace(TOY, predict=edited(TOY.predict, outside)), "can run: .*[Ee]xternal data")
+    refused(edited(TOY, PREDICT, outside), "can run: .*[Ee]xternal data")
 
 
 def dimension(graph, index: int, axis: int, size: int | None) -> None:
@@ -106,7 +106,7 @@ def dropped_input(graph):
     ids=["output", "input", "batch"],
 )
 def test_another_signature_is_refused(edit, reason):
-    refused(replace(TOY, predict=edited(TOY.predict, edit)), rf"toy/1/predict\.onnx.*{reason}")
+    refused(edited(TOY, PREDICT, edit), rf"toy/1/predict\.onnx.*{reason}")
 
 
 @pytest.mark.parametrize(
@@ -165,20 +165,21 @@ def test_advance_must_return_the_next_state():
         graph.node[-1].output[0] = graph.output[1].name = "last_token_next"
 
     refused(
-        replace(TOY, advance=edited(TOY.advance, renamed)),
+        edited(TOY, ADVANCE, renamed),
         r"toy/1/advance\.onnx has the outputs last_token_next, next_average, expected next_average, ",
     )
 
 
 def test_swapped_graphs_are_refused():
     refused(
-        replace(TOY, predict=TOY.advance, advance=TOY.predict), "predict.onnx has the outputs next_average"
+        with_graphs(TOY, {PREDICT: TOY.graphs[ADVANCE], ADVANCE: TOY.graphs[PREDICT]}),
+        "predict.onnx has the outputs next_average",
     )
 
 
 def test_a_symbolic_dimension_fits_whatever_comes():
-    relaxed = edited(TOY.predict, lambda graph: dimension(graph, 3, 1, None))
+    relaxed = edited(TOY, PREDICT, lambda graph: dimension(graph, 3, 1, None))
     state = Speculator(TOY, provider="cpu").initial_state(1)
     unseen = np.full((1, 4, 2), -1, np.int32)
-    answer = Speculator(replace(TOY, predict=relaxed), provider="cpu").predict(state, None, unseen, None)
+    answer = Speculator(relaxed, provider="cpu").predict(state, None, unseen, None)
     assert answer.shape == (1, 4, 8)

@@ -249,8 +249,8 @@ def test_loading_refuses_what_the_store_refuses(tmp_path):
 
 
 def test_loading_refuses_a_version_that_answers_otherwise(tmp_path):
-    draft, predict, advance = toy_version()
+    draft, graphs = toy_version()
     other = toy_version(bias=0.5)[0]
-    open_store(tmp_path).publish(draft.model_copy(update={"golden": other.golden}), predict, advance)
+    open_store(tmp_path).publish(draft.model_copy(update={"golden": other.golden}), graphs)
     with pytest.raises(GoldenMismatch):
         load_speculator("toy", store=tmp_path)

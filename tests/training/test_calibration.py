@@ -44,6 +44,7 @@ def test_tables_are_looked_up_by_layers_seen_and_token_known() -> None:
     stretched[1, 2, 1] = 5.0  # one layer seen, target layer 1: bias 5
     calibration.set_tables(True, stretched)
     logits = torch.tensor([1.0, -1.0, 1.0])[:, None, None].expand(3, 2, 1)
-    came = calibration(logits, torch.tensor([0, 1, 1]), torch.tensor([False, False, True]))
+    row = calibration.first_row(torch.tensor([False, False, True])) + torch.tensor([0, 1, 1])
+    came = calibration(logits, row)
     expected = torch.sigmoid(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [2.0, 7.0]]))
     torch.testing.assert_close(came[..., 0], expected)

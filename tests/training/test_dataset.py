@@ -52,8 +52,7 @@ def naive_repeats(trace: RoutingTrace, order: int) -> np.ndarray:
                 place
                 for place in range(max(tokens.start, token - CONFIG.window), token)
                 if all(
-                    place - back >= max(tokens.start, token - CONFIG.window)
-                    and ids[place - back] == ids[token - back]
+                    place - back >= tokens.start and ids[place - back] == ids[token - back]
                     for back in range(order + 1)
                 )
             ]

@@ -7,14 +7,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
+import torch
 
 from model_store.store import open_store
 from specmoe.cli import main
-from speculation.runtime import Speculator
+from speculation.runtime import Speculator, State
+from speculation.steps import Steps, step_through
 from tests.training.toy_routing import SPEC, toy_trace
 from tests.training.toy_run import TRAIN, VALIDATION, save_npz
+from training.calibration import Calibration
+from training.errors import ExportFailed
 from training.evaluate import evaluate
+from training.export import trained
 from training.loop import CHECKPOINT
+from training.parity import check_parity
+from training.predictors.prefix_graphs import served
+from training.run import read_run
 
 KNOBS = {
     "passes": 8,
@@ -27,6 +35,7 @@ KNOBS = {
     "blocks": 1,
     "token-width": 4,
 }
+GRAPHS = ("predict.onnx", "advance.onnx", "begin.onnx", "step.onnx")
 SMALL = [word for name, value in KNOBS.items() for word in (f"--{name}", str(value))]
 
 
@@ -80,28 +89,84 @@ def test_a_batch_equals_its_rows(speculator: Speculator) -> None:
     np.testing.assert_allclose(together, np.concatenate(alone), atol=1e-5)
 
 
+def after_some_tokens(speculator: Speculator, batch: int) -> State:
+    """The state of sequences that began at different tokens of the trace, 12 tokens later."""
+    state = speculator.initial_state(batch)
+    for token in range(12):
+        state = speculator.advance(state, *tokens(token, batch))
+    return state
+
+
+def tokens(first: int, batch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(ids, experts, gates) of `batch` tokens, three apart."""
+    rows = slice(first, first + 3 * batch, 3)
+    assert VALIDATION.token_ids is not None and VALIDATION.gates is not None
+    ids, experts = VALIDATION.token_ids[rows].astype(np.int64), VALIDATION.experts[rows].astype(np.int32)
+    return ids, experts, VALIDATION.gates[rows].copy()
+
+
+@pytest.mark.parametrize("at_once", [1, 3, SPEC.num_layers])
+@pytest.mark.parametrize("known", [True, False], ids=["token ids", "no token ids"])
+def test_steps_come_to_what_predict_says(speculator: Speculator, at_once: int, known: bool) -> None:
+    state = after_some_tokens(speculator, 4)
+    ids, experts, gates = tokens(12, 4)
+    if not known:
+        ids.fill(-1)
+    for sequence, seen in enumerate((0, 1, 2, 3)):
+        experts[sequence, seen:] = -1
+    experts[3, 1] = -1  # passed over
+    stepped = step_through(Steps(speculator), state, ids, experts, gates, at_once)
+    np.testing.assert_allclose(stepped, speculator.predict(state, ids, experts, gates), atol=1e-4)
+
+
+def test_a_batch_of_steps_equals_its_rows(speculator: Speculator) -> None:
+    state, token = after_some_tokens(speculator, 4), tokens(12, 4)
+    together = step_through(Steps(speculator), state, *token, at_once=1)
+    for row in range(4):
+        one = slice(row, row + 1)
+        alone = step_through(Steps(speculator), [a[one] for a in state], *(a[one] for a in token), at_once=1)
+        np.testing.assert_allclose(together[one], alone, atol=1e-5)
+
+
+def test_a_sequence_carries_only_what_is_needed(speculator: Speculator) -> None:
+    steps = Steps(speculator)
+    assert [steps.state[place].name for place in steps.step_reads] == ["previous", "averages"]
+    assert [steps.state[place].name for place in steps.begin_reads] == ["context", "ids", "routed"]
+    assert [tensor.name for tensor in steps.progress] == ["seen", "told"]
+
+
+def test_a_graph_that_says_something_else_is_not_exported(published: Path) -> None:
+    stored = open_store(published / "store").load("toy", 1)
+    other, _ = trained(read_run(published / "run"), published / "run")
+    with torch.no_grad():
+        other.head.bias += 1.0
+    with pytest.raises(ExportFailed, match=r"predict at token 0: two answers differ by .*, expected 0\.0001"):
+        check_parity(served(other, Calibration(SPEC.num_layers)), stored, VALIDATION)
+
+
 def test_it_works_without_token_ids_and_gates(speculator: Speculator) -> None:
     bare = toy_trace((80, 60), seed=9, gates=False, token_ids=False)
     assert evaluate(speculator, bare).metrics.distances()["1"]["recall_at_k"] > SPEC.top_k / SPEC.num_experts
 
 
 def test_nothing_of_the_machine_is_in_the_graphs(published: Path) -> None:
-    for name in ("predict.onnx", "advance.onnx"):
+    for name in GRAPHS:
         content = (published / "store" / "toy" / "1" / name).read_bytes()
         assert b"/" + b"training/" not in content and str(Path.cwd()).encode() not in content
         graph = onnx.load_model_from_string(content)
         assert not graph.metadata_props and all(not node.metadata_props for node in graph.graph.node)
 
 
-def test_the_batch_axis_is_free(published: Path) -> None:
-    graph = onnx.load(published / "store" / "toy" / "1" / "predict.onnx")
+@pytest.mark.parametrize("name", GRAPHS)
+def test_the_batch_axis_is_free(published: Path, name: str) -> None:
+    graph = onnx.load(published / "store" / "toy" / "1" / name)
     assert {tensor.type.tensor_type.shape.dim[0].dim_param for tensor in graph.graph.input} == {"batch"}
 
 
 def test_exporting_again_gives_the_same_graphs(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["export", str(published / "run")]) == 0
     assert "specmoe publish" in capsys.readouterr().out
-    for name in ("predict.onnx", "advance.onnx"):
+    for name in GRAPHS:
         first = (published / "store" / "toy" / "1" / name).read_bytes()
         assert (published / "run" / "export" / name).read_bytes() == first
 
@@ -112,6 +177,18 @@ def test_resuming_a_finished_run_publishes_the_next_version(published: Path, tmp
     publish = ["--publish", "--store", str(published / "store")]
     assert main(["train", *files, "--run", str(tmp_path / "run"), "--resume", *SMALL, *publish]) == 0
     assert open_store(published / "store").versions("toy") == [1, 2]
+
+
+def test_traces_without_token_ids_make_a_version_without_repeats(tmp_path: Path) -> None:
+    train, validation = (
+        save_npz(toy_trace((60, 40), seed=seed, token_ids=False), tmp_path / f"{seed}.npz") for seed in (1, 2)
+    )
+    files = ["--traces", str(train), "--validation", str(validation), "--run", str(tmp_path / "run")]
+    publish = ["--publish", "--store", str(tmp_path / "store")]
+    assert main(["train", *files, *SMALL, "--passes", "1", *publish]) == 0
+    manifest = open_store(tmp_path / "store").manifest("toy", 1)
+    assert [tensor.name for tensor in manifest.state] == ["context", "previous", "averages"]
+    assert [tensor.name for tensor in manifest.token] == ["start"]
 
 
 @pytest.mark.parametrize(

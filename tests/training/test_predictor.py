@@ -1,13 +1,19 @@
 """The prefix predictor: its two exported functions say what its trainable form says, and know no future."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
 
+from model_store.manifest import ADVANCE, PREDICT
 from tests.training.toy_run import PREDICTOR, TRAIN
+from traces.spec import RoutingSpec
 from training.calibration import Calibration
 from training.dataset import Blocks
+from training.errors import ConfigInvalid
 from training.predictors.prefix import PrefixPredictor
+from training.predictors.prefix_graphs import served as graphs_of
 from training.vocabulary import Vocabulary
 
 
@@ -25,8 +31,8 @@ def predictor() -> PrefixPredictor:
 
 def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.Tensor:
     """Probabilities for the last of these tokens of a sequence, its first `seen` layers known."""
-    predict, advance, state = predictor.graphs(Calibration(predictor.spec.num_layers))
-    carried = tuple(torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in state)
+    functions = graphs_of(predictor, Calibration(predictor.spec.num_layers))
+    state = {t.name: torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in functions.state}
     assert TRAIN.token_ids is not None and TRAIN.gates is not None
     with torch.no_grad():
         for token in range(len(experts)):
@@ -38,9 +44,17 @@ def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.
             )
             if token == len(experts) - 1:
                 routed[:, seen:] = -1
-                return predict(*carried, ids, routed, gates)[0]
-            carried = advance(*carried, ids, routed, gates)
+                read = [state[name] for name in functions.reads[PREDICT]]
+                return functions.graphs[PREDICT](*read, ids, routed, gates)[0]
+            read = [state[name] for name in functions.reads[ADVANCE]]
+            state = dict(zip(state, functions.graphs[ADVANCE](*read, ids, routed, gates), strict=True))
     raise AssertionError("no token")
+
+
+def test_a_sum_that_fades_beyond_floats_is_refused() -> None:
+    spec = RoutingSpec("deep", 200, 8, 2)
+    with pytest.raises(ConfigInvalid, match=r"layer_decay is 0\.1, too small for floats with 200 layers"):
+        PrefixPredictor(spec, replace(PREDICTOR, layer_decay=0.1), Vocabulary.of(None))
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3])

@@ -1,0 +1,197 @@
+"""Many sequences at once, each a row of preallocated arrays: what a service holds for its streams.
+
+Steps -> Slots: open, start, tell, forecast, advance, close, each for a whole batch of rows.
+
+The arrays are as large as the most sequences allowed, but the system gives memory only for rows that were
+used. Inputs are trusted: whoever took them in has checked them.
+
+slots = Slots(Steps(load_speculator("gpt-oss-20b")), capacity=1024)
+row = np.array([slots.open()])
+slots.start(row, np.array([976]))
+probabilities = slots.forecast(row)  # [1, L, E]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+from jaxtyping import Float32, Int32, Int64, Integer
+
+from speculation.errors import InputInvalid
+from speculation.steps import Steps
+from traces.spec import RoutingSpec
+
+Array = np.ndarray[Any, Any]
+Rows: TypeAlias = Int64[np.ndarray, "n"]
+# layers, experts and gates, as `Steps.step` takes them
+Told: TypeAlias = tuple[Int32[np.ndarray, "n M"], Int32[np.ndarray, "n M K"], Float32[np.ndarray, "n M K"]]
+
+
+class Slots:
+    """State, current token and routing of up to `capacity` sequences.
+
+    seen: layers told of the current token. started: tokens begun since the sequence was opened.
+    """
+
+    def __init__(self, steps: Steps, capacity: int) -> None:
+        self.steps = steps
+        self.spec: RoutingSpec = steps.spec
+        spec = self.spec
+        self._state = [np.zeros((capacity, *t.shape), t.dtype) for t in steps.state]
+        self._token = [np.zeros((capacity, *t.shape), t.dtype) for t in steps.token]
+        self._progress = [np.zeros((capacity, *t.shape), t.dtype) for t in steps.progress]
+        self._begin_state = [self._state[index] for index in steps.begin_reads]
+        self._step_state = [self._state[index] for index in steps.step_reads]
+        routed = (capacity, spec.num_layers, spec.top_k)
+        self._token_ids = np.zeros(capacity, np.int64)
+        self._experts = np.zeros(routed, np.uint8 if spec.num_experts <= 256 else np.int16)
+        self._gates = np.zeros(routed, np.float32)
+        self._begun = np.zeros(capacity, bool)
+        # Layers that are in `_progress` already; those from there to `seen` are told, but not worked in yet.
+        self._worked_in = np.zeros(capacity, np.int32)
+        self.seen = np.zeros(capacity, np.int32)
+        self.started = np.zeros(capacity, np.uint32)
+        self._free = list(range(capacity - 1, -1, -1))
+        self._layer_numbers = np.arange(spec.num_layers, dtype=np.int32)
+        none = (1, 1, spec.top_k)
+        self._nothing_told: Told = (
+            np.full(none[:2], -1, np.int32),
+            np.full(none, -1, np.int32),
+            np.ones(none, np.float32),
+        )
+
+    @property
+    def in_use(self) -> int:
+        """Sequences that are open."""
+        return len(self._begun) - len(self._free)
+
+    def open(self) -> int:
+        """A row for a sequence of which nothing has happened yet. Raises InputInvalid where none is free."""
+        if not self._free:
+            raise InputInvalid(
+                f"{self.in_use} sequences are open, and no more are allowed.", remedy="Close some first."
+            )
+        row = self._free.pop()
+        for array in self._state:
+            array[row] = 0
+        self.started[row] = 0
+        return row
+
+    def close(self, row: int) -> None:
+        """Forget a sequence; its row may be another one's from now on."""
+        self._free.append(row)
+
+    def start(self, rows: Rows, token_ids: Int64[np.ndarray, "n"]) -> None:
+        """Begin a token of each of these sequences. token_ids: -1 where unknown."""
+        self._token_ids[rows] = token_ids
+        for array in self._progress:
+            array[rows] = 0
+        self._begun[rows] = False
+        self._worked_in[rows] = 0
+        self.seen[rows] = 0
+        self.started[rows] += np.uint32(1)
+
+    def tell(
+        self,
+        rows: Rows,
+        first_layer: int,
+        experts: Integer[np.ndarray, "n m K"],
+        gates: Float32[np.ndarray, "n m K"] | None,
+    ) -> None:
+        """The next m layers' routing, the same layers for all of them. gates: None where unknown."""
+        end = first_layer + experts.shape[1]
+        self._experts[rows, first_layer:end] = experts
+        self._gates[rows, first_layer:end] = 1.0 if gates is None else gates
+        self.seen[rows] = end
+
+    def forecast(self, rows: Rows) -> Float32[np.ndarray, "n L E"]:
+        """Probabilities of every layer; those of layers that were told mean nothing."""
+        new = rows[~self._begun[rows]]
+        if len(new):
+            self._begin(new)
+        layers, experts, gates = self._told_of_one(int(rows[0])) if len(rows) == 1 else self._told(rows)
+        progress, probabilities = self.steps.step(
+            _taken(self._step_state, rows),
+            _taken(self._token, rows),
+            _taken(self._progress, rows),
+            layers,
+            experts,
+            gates,
+        )
+        _put(self._progress, rows, progress)
+        self._worked_in[rows] = self.seen[rows]
+        return probabilities
+
+    def finished(self, row: int) -> tuple[int, Array, Array]:
+        """(id, experts [L, K], gates [L, K]) of the current token, copied: its row will be overwritten."""
+        return int(self._token_ids[row]), self._experts[row].copy(), self._gates[row].copy()
+
+    def advance(self, rows: Rows) -> None:
+        """Make the current token of each of these sequences history; all its layers must have been told."""
+        self.advance_with(rows, self._token_ids[rows], self._experts[rows], self._gates[rows])
+
+    def advance_with(
+        self,
+        rows: Rows,
+        token_ids: Int64[np.ndarray, "n"],
+        experts: Integer[np.ndarray, "n L K"],
+        gates: Float32[np.ndarray, "n L K"],
+    ) -> None:
+        """Make a finished token history that is not the current one."""
+        after = self.steps.advance(_taken(self._state, rows), token_ids, experts.astype(np.int32), gates)
+        _put(self._state, rows, after)
+
+    def routing(self, row: int) -> Integer[np.ndarray, "L K"]:
+        """What was told of the current token."""
+        return self._experts[row]
+
+    def _begin(self, rows: Rows) -> None:
+        token = self.steps.begin(_taken(self._begin_state, rows), self._token_ids[rows])
+        _put(self._token, rows, token)
+        self._begun[rows] = True
+
+    def _told_of_one(self, row: int) -> Told:
+        """As `_told`, of a single sequence: views of what is there, four times as fast."""
+        first, end = int(self._worked_in[row]), int(self.seen[row])
+        if first == end:
+            return self._nothing_told
+        told = slice(first, end)
+        experts = self._experts[row : row + 1, told].astype(np.int32)
+        return self._layer_numbers[None, told], experts, self._gates[row : row + 1, told]
+
+    def _told(self, rows: Rows) -> Told:
+        """The layers told since the last forecast, padded to the longest, with at least one column."""
+        first, end = self._worked_in[rows], self.seen[rows]
+        start, stop = int(first.min()), int(end.max())
+        if start == stop:
+            layers, experts, gates = self._nothing_told
+            return layers.repeat(len(rows), 0), experts.repeat(len(rows), 0), gates.repeat(len(rows), 0)
+        experts = self._experts[rows, start:stop].astype(np.int32)
+        gates = self._gates[rows, start:stop]
+        layers = self._layer_numbers[None, start:stop].repeat(len(rows), 0)
+        told = (layers >= first[:, None]) & (layers < end[:, None])
+        if not told.all():
+            experts[~told] = -1
+            gates[~told] = 1.0
+            layers[~told] = -1
+        return layers, experts, gates
+
+
+def _taken(arrays: Sequence[Array], rows: Rows) -> tuple[Array, ...]:
+    """The rows of each array; of one row a view, which costs nothing."""
+    if len(rows) == 1:
+        row = rows[0]
+        return tuple(array[row : row + 1] for array in arrays)
+    return tuple(array.take(rows, axis=0) for array in arrays)
+
+
+def _put(arrays: Sequence[Array], rows: Rows, values: Sequence[Array]) -> None:
+    if len(rows) == 1:
+        row = rows[0]
+        for array, value in zip(arrays, values, strict=True):
+            array[row] = value[0]
+        return
+    for array, value in zip(arrays, values, strict=True):
+        array[rows] = value

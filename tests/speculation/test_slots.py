@@ -1,0 +1,155 @@
+"""Slots give what a Speculator gives that starts from scratch, in whatever order their rows are worked on."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from speculation.errors import InputInvalid
+from speculation.runtime import Speculator
+from speculation.slots import Slots
+from speculation.steps import Steps
+from tests.speculation.replayed import Replayed
+from tests.speculation.toy_routing import routed
+from tests.toy_version import TOY_SPEC, toy_stored
+
+SPECULATOR = Speculator(toy_stored(), provider="cpu")
+LAYERS = TOY_SPEC.num_layers
+CAPACITY = 4
+TOLERANCE = 1e-5
+SEEDS = st.integers(0, 2**32 - 1)
+
+
+class Interleavings(RuleBasedStateMachine):
+    """Rows of Slots, and beside each of them the same sequence from scratch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.slots = Slots(Steps(SPECULATOR), CAPACITY)
+        self.sequences: dict[int, Replayed] = {}
+
+    def within_a_token(self) -> dict[int, list[int]]:
+        """Rows by the layers that were told of their token."""
+        rows: dict[int, list[int]] = {}
+        for row, sequence in self.sequences.items():
+            if sequence.started and sequence.seen < LAYERS:
+                rows.setdefault(sequence.seen, []).append(row)
+        return rows
+
+    @precondition(lambda self: len(self.sequences) < CAPACITY)
+    @rule()
+    def open(self) -> None:
+        self.sequences[self.slots.open()] = Replayed(SPECULATOR)
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data())
+    def close(self, data: st.DataObject) -> None:
+        row = data.draw(st.sampled_from(sorted(self.sequences)))
+        self.slots.close(row)
+        del self.sequences[row]
+
+    @precondition(lambda self: self.sequences)
+    @rule(data=st.data(), seed=SEEDS)
+    def start(self, data: st.DataObject, seed: int) -> None:
+        rows = data.draw(st.lists(st.sampled_from(sorted(self.sequences)), min_size=1, unique=True))
+        token_ids, _, _ = routed(seed, len(rows), TOY_SPEC)
+        self.slots.start(np.array(rows), token_ids)
+        for row, token_id in zip(rows, token_ids, strict=True):
+            self.sequences[row].start(int(token_id))
+
+    @precondition(lambda self: self.within_a_token())
+    @rule(data=st.data(), seed=SEEDS, layers=st.integers(1, LAYERS), with_gates=st.booleans())
+    def tell(self, data: st.DataObject, seed: int, layers: int, with_gates: bool) -> None:
+        first, rows = data.draw(st.sampled_from(sorted(self.within_a_token().items())))
+        end = min(first + layers, LAYERS)
+        _, experts, gates = routed(seed, len(rows), TOY_SPEC, seen=LAYERS)
+        experts, gates = experts[:, first:end], gates[:, first:end]
+        self.slots.tell(np.array(rows), first, experts, gates if with_gates else None)
+        for row, routing, weights in zip(rows, experts, gates, strict=True):
+            self.sequences[row].tell(routing, weights if with_gates else None)
+        if end == LAYERS:
+            self.slots.advance(np.array(rows))
+
+    @precondition(lambda self: self.within_a_token())
+    @rule(data=st.data())
+    def forecast(self, data: st.DataObject) -> None:
+        askable = sorted(row for rows in self.within_a_token().values() for row in rows)
+        rows = data.draw(st.lists(st.sampled_from(askable), min_size=1, unique=True))
+        for row, probabilities in zip(rows, self.slots.forecast(np.array(rows)), strict=True):
+            sequence = self.sequences[row]
+            expected = sequence.probabilities()[sequence.seen :]
+            np.testing.assert_allclose(probabilities[sequence.seen :], expected, atol=TOLERANCE)
+
+    @invariant()
+    def tokens_and_sequences_are_counted(self) -> None:
+        assert self.slots.in_use == len(self.sequences)
+        assert {row: self.slots.started[row] for row in self.sequences} == {
+            row: sequence.started for row, sequence in self.sequences.items()
+        }
+
+
+Interleavings.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=40)
+test_any_interleaving_is_working_it_out_from_scratch = Interleavings.TestCase
+
+
+@pytest.fixture
+def slots() -> Slots:
+    return Slots(Steps(SPECULATOR), CAPACITY)
+
+
+def test_a_row_that_is_used_again_remembers_nothing(slots: Slots) -> None:
+    token_ids, experts, gates = routed(1, 1, TOY_SPEC, seen=LAYERS)
+    row = np.array([slots.open()])
+    slots.start(row, token_ids)
+    slots.forecast(row)
+    slots.tell(row, 0, experts, gates)
+    slots.advance(row)
+    slots.close(int(row[0]))
+    again = np.array([slots.open()])
+    slots.start(again, token_ids)
+    fresh = Replayed(SPECULATOR)
+    fresh.start(int(token_ids[0]))
+    assert (again.tolist(), slots.started[again].tolist()) == (row.tolist(), [1])
+    np.testing.assert_allclose(slots.forecast(again)[0], fresh.probabilities(), atol=TOLERANCE)
+
+
+def test_a_forecast_that_is_asked_for_again_is_the_same(slots: Slots) -> None:
+    row = np.array([slots.open()])
+    slots.start(row, np.array([7]))
+    slots.tell(row, 0, np.array([[[0, 1], [2, 3]]]), None)
+    np.testing.assert_array_equal(slots.forecast(row), slots.forecast(row))
+
+
+def test_history_may_come_from_elsewhere(slots: Slots) -> None:
+    token_ids, experts, gates = routed(2, 3, TOY_SPEC, seen=LAYERS)
+    row, expected = np.array([slots.open()]), Replayed(SPECULATOR)
+    for token in range(3):
+        one = slice(token, token + 1)
+        slots.advance_with(row, token_ids[one], experts[one].astype(np.uint8), gates[one])
+        expected.start(int(token_ids[token]))
+        expected.tell(experts[token], gates[token])
+    slots.start(row, np.array([-1]))
+    expected.start()
+    np.testing.assert_allclose(slots.forecast(row)[0], expected.probabilities(), atol=TOLERANCE)
+
+
+def test_a_finished_token_is_given_as_it_was_told(slots: Slots) -> None:
+    _, experts, gates = routed(3, 1, TOY_SPEC, seen=LAYERS)
+    row = np.array([slots.open()])
+    slots.start(row, np.array([7]))
+    slots.tell(row, 0, experts, gates)
+    token_id, told_experts, told_gates = slots.finished(int(row[0]))
+    slots.start(row, np.array([8]))
+    slots.tell(row, 0, 7 - experts, None)
+    assert token_id == 7
+    np.testing.assert_array_equal(told_experts, experts[0])
+    np.testing.assert_array_equal(told_gates, gates[0])
+
+
+def test_more_sequences_than_there_is_room_for_are_refused(slots: Slots) -> None:
+    assert sorted(slots.open() for _ in range(CAPACITY)) == list(range(CAPACITY))
+    with pytest.raises(InputInvalid, match="4 sequences are open, and no more are allowed"):
+        slots.open()

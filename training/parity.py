@@ -1,0 +1,75 @@
+"""Are the exported graphs what was trained? Real tokens through torch and ONNX Runtime, side by side.
+
+exported graphs + validation trace -> check_parity -> published, or ExportFailed
+
+Torch's own functions are the reference for predict and advance, and predict for begin and step, whether the
+layers seen are told at once or one by one. The tests compare torch's functions with the trainable form.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from model_store.manifest import ADVANCE, PREDICT, GraphName
+from model_store.store import StoredVersion
+from speculation.runtime import Speculator, State
+from speculation.steps import Steps, step_through
+from traces.trace import RoutingTrace
+from training.errors import ExportFailed
+from training.predictors.prefix_graphs import Served
+
+# ONNX Runtime adds in another order than torch; nothing else may differ.
+TOLERANCE = 1e-4
+TOKENS = 64
+
+Array = np.ndarray[Any, Any]
+
+
+def check_parity(functions: Served, stored: StoredVersion, trace: RoutingTrace) -> None:
+    """Raises ExportFailed where graphs and torch, or predict and steps, part by more than 1e-4."""
+    speculator = Speculator(stored, provider="cpu", origin="the export")
+    steps = Steps(speculator)
+    num_layers = trace.spec.num_layers
+    state = speculator.initial_state(1)
+    for token in range(min(TOKENS, int(trace.starts[1]))):
+        ids, experts, gates = _inputs(trace, token)
+        shown = experts.copy()
+        shown[:, token % num_layers :] = -1
+        answer = speculator.predict(state, ids, shown, gates)
+        _check(f"predict at token {token}", [answer], _torch(functions, PREDICT, state, ids, shown, gates))
+        for at_once in (num_layers, 1):
+            stepped = step_through(steps, state, ids, shown, gates, at_once)
+            _check(f"steps of {at_once} layers at token {token}", [stepped], [answer])
+        after = speculator.advance(state, ids, experts, gates)
+        _check(f"advance at token {token}", after, _torch(functions, ADVANCE, state, ids, experts, gates))
+        state = after
+
+
+def _inputs(trace: RoutingTrace, token: int) -> tuple[Array, Array, Array]:
+    row = slice(token, token + 1)
+    experts = trace.experts[row].astype(np.int32)
+    ids = np.full(1, -1, np.int64) if trace.token_ids is None else trace.token_ids[row].astype(np.int64)
+    known = np.ones(experts.shape) if trace.gates is None else trace.gates[row]
+    return ids, experts, known.astype(np.float32)
+
+
+@torch.no_grad()
+def _torch(functions: Served, name: GraphName, state: State, *routing: Array) -> list[Array]:
+    named = {tensor.name: array for tensor, array in zip(functions.state, state, strict=True)}
+    inputs = [*(named[read] for read in functions.reads[name]), *routing]
+    came = functions.graphs[name](*map(torch.from_numpy, inputs))
+    return [tensor.numpy() for tensor in (came if isinstance(came, tuple) else (came,))]
+
+
+def _check(what: str, came: Sequence[Array], expected: Sequence[Array]) -> None:
+    for ours, theirs in zip(came, expected, strict=True):
+        apart = float(np.abs(ours.astype(np.float64) - theirs).max())
+        if not apart <= TOLERANCE:
+            raise ExportFailed(
+                f"{what}: two answers differ by {apart:.1e}, expected {TOLERANCE} at most.",
+                remedy="Report this with the versions of torch and onnxruntime.",
+            )

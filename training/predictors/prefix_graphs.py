@@ -1,0 +1,317 @@
+"""The `prefix` predictor as it is served: four functions of a sequence, each exported as a graph.
+
+trained `PrefixPredictor` + calibration -> served() -> advance, begin, step, predict -> `training.onnx_graph`
+
+What the past adds to x is worked out once a token: in `Advance` what any next token would need, in `Begin`
+what needs the token's id. `Step` then adds what was seen since. `Predict` is `Begin` and one `Step` of all
+layers.
+
+ONNX Runtime takes half a microsecond for an operator whatever it does. Hence tables; those that depend on
+weights alone are written as ordinary operations, which it does once, when the graph is loaded, so that a file
+holds no more than the weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int, Int32, Int64, UInt8
+from torch import Tensor, nn
+from torch.nn import functional
+
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, StateTensor
+from training.calibration import Calibration
+from training.operators import rows_at, shares, sum_of_rows
+from training.predictors.prefix import PrefixPredictor
+from training.repeats import ORDERS, place_weights
+from training.vocabulary import Vocabulary
+
+# Expert ids below it fit into a byte.
+BYTE_VALUES = 256
+# Ids are kept + 1 in 32 bits, some of them negative: none of them is equal to LIKE_NONE.
+LARGEST_ID = 2**31 - 2
+LIKE_NONE = -(2**31)
+
+
+@dataclass(frozen=True)
+class Served:
+    """What is exported, and what it passes on.
+
+    graphs: by file name. reads: which tensors of the state each takes, in their order; other inputs follow.
+    state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
+    in bytes; averages, the others; ids of the window's tokens, newest first, + 1, 0 where unknown, negative
+    but for those that came after the same id as the next token does; routed, their experts.
+    token: start, what past and id add to x; repeats, their maps; first_row, of the calibration tables.
+    progress: seen, the number of the last layer + 1; told, what the layers seen add to x (`Step`).
+    """
+
+    graphs: Mapping[GraphName, nn.Module]
+    reads: Mapping[GraphName, tuple[str, ...]]
+    state: tuple[StateTensor, ...]
+    token: tuple[StateTensor, ...]
+    progress: tuple[StateTensor, ...]
+
+
+def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
+    """The four functions of a trained predictor."""
+    spec, config = predictor.spec, predictor.config
+    layers, experts = spec.num_layers, spec.num_experts
+    state = [_tensor("context", "float32", config.width)]
+    state += [_tensor("previous", "uint8", 1, layers, experts)]
+    state += [_tensor("averages", "float32", len(config.decays) - 1, layers, experts)]
+    token = [_tensor("start", "float32", config.width)]
+    remembered: tuple[str, ...] = ()
+    if predictor.reads_ids:
+        small = "uint8" if experts <= BYTE_VALUES else "int32"
+        state += [_tensor("ids", "int32", 1, config.window)]
+        state += [_tensor("routed", small, config.window, layers * spec.top_k)]
+        token += [_tensor("repeats", "float32", ORDERS, layers, experts), _tensor("first_row", "int32")]
+        remembered = ("ids", "routed")
+    begin, step = Begin(predictor, calibration), Step(predictor, calibration)
+    return Served(
+        graphs={PREDICT: Predict(begin, step), ADVANCE: Advance(predictor), BEGIN: begin, STEP: step},
+        reads={
+            PREDICT: ("context", "previous", "averages", *remembered),
+            ADVANCE: ("averages", *remembered),
+            BEGIN: ("context", *remembered),
+            STEP: ("previous", "averages"),
+        },
+        state=tuple(state),
+        token=tuple(token),
+        progress=(_tensor("seen", "int32"), _tensor("told", "float32", 2 * config.width)),
+    )
+
+
+def _tensor(name: str, dtype: str, *shape: int) -> StateTensor:
+    return StateTensor.model_validate({"name": name, "dtype": dtype, "shape": shape})
+
+
+class Begin(nn.Module):
+    """What past and id add to x, and the maps of the places where the id was before."""
+
+    def __init__(self, predictor: PrefixPredictor, calibration: Calibration) -> None:
+        super().__init__()
+        self.predictor, self.calibration = predictor, calibration
+        spec, config = predictor.spec, predictor.config
+        if not predictor.reads_ids:
+            return
+        self.row_of_id = nn.Buffer(_row_of_id(predictor.vocabulary))
+        # From 2 down to above 1, more than a place can weigh: the lesser of both is the weight, or 0.
+        self.newest_first = nn.Buffer(2 - torch.arange(config.window) / config.window)
+        weights = place_weights(config.repeats, config.repeat_decay)
+        self.weights = nn.Buffer(weights[:, None].repeat(1, spec.num_layers * spec.top_k))
+        layer = torch.arange(spec.num_layers).repeat_interleave(spec.top_k)
+        first = (torch.arange(ORDERS)[:, None] * spec.num_layers + layer) * spec.num_experts
+        self.first = nn.Buffer(first[:, None].int())  # 2 1 L*K
+        token = predictor.token_trunk.weight[:, : config.token_width]
+        repeats = predictor.earlier_trunk.weight[:, config.earlier_width * len(config.decays) :]
+        self.trunk = nn.Buffer(torch.cat([token, repeats], 1).detach())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """inputs: the tensors of the state it reads, then token_id [B]. Returns the token's tensors."""
+        context, *past, token_id = inputs
+        predictor, spec = self.predictor, self.predictor.spec
+        if not predictor.reads_ids:
+            return (context.clone(),)
+        number = _number(token_id)
+        known = number > 0
+        ids, routed = past
+        repeats = self.repeats(ids, routed, torch.where(known, number, LIKE_NONE))
+        row = self.row_of_id.index_select(0, number.clamp(max=len(self.row_of_id) - 1))
+        told = [predictor.tokens.weight.index_select(0, row), predictor.earlier(repeats).flatten(1)]
+        start = torch.addmm(context, torch.cat(told, 1), self.trunk.T)
+        maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
+        return start, maps, self.calibration.first_row(known)
+
+    def repeats(
+        self,
+        ids: Int32[Tensor, "B 1 T"],
+        routed: Int[Tensor, "B T L*K"],
+        wanted: Int32[Tensor, "B"],
+    ) -> Float[Tensor, "B 2 L*E"]:
+        """`training.repeats` of the id that is wanted, from the window."""
+        spec = self.predictor.spec
+        same = torch.cat([ids.abs(), ids], 1) == wanted[:, None, None]  # B 2 T
+        newest, place = torch.where(same, self.newest_first, 0.0).topk(self.predictor.config.repeats)
+        target = rows_at(routed, place).int() + self.first  # B 2 J L*K
+        weights = torch.minimum(newest[..., None], self.weights)
+        empty = weights.new_zeros((wanted.shape[0], ORDERS * spec.num_layers * spec.num_experts))
+        spread = empty.scatter_add(1, target.flatten(1), weights.flatten(1))
+        return spread.unflatten(1, (ORDERS, -1))
+
+
+class Step(nn.Module):
+    """What the layers seen add to x, and from x calibrated probabilities of every layer.
+
+    Of x = ... + sum_l a_l + F sum_l fade^(last - l) a_l, `told` holds the first sum, and the second as if the
+    middle layer were the last one. Times fade^(last - middle), it is right for whichever layer is.
+    """
+
+    def __init__(self, predictor: PrefixPredictor, calibration: Calibration) -> None:
+        super().__init__()
+        self.predictor, self.calibration = predictor, calibration
+        spec, decay = predictor.spec, predictor.config.layer_decay
+        middle = spec.num_layers / 2
+        self.rise = nn.Buffer(decay ** (middle - torch.arange(spec.num_layers)))
+        self.fade = nn.Buffer(decay ** (torch.arange(spec.num_layers + 1)[:, None] - 1 - middle))
+        first = 1 + torch.arange(-1, spec.num_layers).clamp(min=0) * spec.num_experts
+        self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
+        self.ones = nn.Buffer(torch.ones(1, predictor.maps))
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """inputs: previous, averages, the token's tensors, progress, layers [B, M], experts [B, M, K], gates.
+
+        Returns the next progress and the probabilities.
+        """
+        previous, averages, *token, seen, told, layers, experts, gates = inputs
+        last, sums = self.sums(layers, experts, gates)
+        seen, told = torch.maximum(seen, last), told + sums
+        return seen, told, self.probabilities(previous, averages, token, seen, told)
+
+    def sums(
+        self, layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"], gates: Float[Tensor, "B M K"]
+    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D"]]:
+        """Of the layers told: the last one's number + 1, 0 for none, and what they add to `told`."""
+        plain = self.embeddings()
+        rising = self.predictor.fading(plain) * self.rise[:, None, None, None]
+        rows = self.rows(torch.cat([plain, rising], -1), layers, experts)
+        return (layers + 1).amax(1), sum_of_rows(weights_of(gates), rows)
+
+    def embeddings(self) -> Float[Tensor, "L E 2 D"]:
+        """What an expert adds to the first sum of `told`, and what it adds times its gate's share s.
+
+        A gate counts by its offset from an equal share, K s - 1.
+        """
+        predictor, spec = self.predictor, self.predictor.spec
+        table = predictor.routing.weight.view(-1, spec.num_layers, 2, spec.num_experts).permute(2, 1, 3, 0)
+        embedding, per_offset = table[0], table[1]  # L E D
+        return torch.stack([embedding - per_offset, spec.top_k * per_offset], 2)
+
+    def rows(
+        self,
+        embeddings: Float[Tensor, "L E 2 C"],
+        layers: Int32[Tensor, "B M"],
+        experts: Int32[Tensor, "B M K"],
+    ) -> Float[Tensor, "B M K 2*C"]:
+        """The embeddings of these experts; 0 for those of layer -1."""
+        table = functional.pad(embeddings.flatten(2).flatten(0, 1), (0, 0, 1, 0))
+        return functional.embedding(functional.embedding(layers + 1, self.layer_row) + experts, table)
+
+    def probabilities(
+        self,
+        previous: UInt8[Tensor, "B 1 L E"],
+        averages: Float[Tensor, "B S L E"],
+        token: list[Tensor],
+        seen: Int32[Tensor, "B"],
+        told: Float[Tensor, "B 2*D"],
+    ) -> Float[Tensor, "B L E"]:
+        """Of every layer. token: the token's tensors."""
+        start, *repeats = token
+        predictor, spec = self.predictor, self.predictor.spec
+        plain, rising = told.split(predictor.config.width, 1)
+        start = start + predictor.last_seen.weight.index_select(0, seen)
+        x = start + plain + rising * self.fade.index_select(0, seen)
+        y = predictor.norm(predictor.blocks(x))
+        row = seen
+        if predictor.reads_ids:
+            repeats, row = repeats[:1], seen + repeats[1]
+        maps = torch.cat([previous.float(), averages, *repeats], 1)
+        shares_of_maps = predictor.copy(y).view(-1, predictor.maps, spec.num_layers, 1)
+        copied = self.ones @ (shares_of_maps * maps).flatten(2)  # a sum, cheaper so
+        logits = (predictor.head(y)[:, None] + copied).view(-1, spec.num_layers, spec.num_experts)
+        return self.calibration(logits, row)
+
+
+class Predict(nn.Module):
+    """Calibrated probabilities of every layer from the state, the token id and the layers seen so far."""
+
+    def __init__(self, begin: Begin, step: Step) -> None:
+        super().__init__()
+        self.begin, self.step = begin, step
+        self.layer_number = nn.Buffer(torch.arange(len(step.rise), dtype=torch.int32))
+
+    def forward(self, *inputs: Tensor) -> Float[Tensor, "B L E"]:
+        """inputs: the state's tensors, then token_id [B], experts [B, L, K], gates [B, L, K]."""
+        context, previous, averages, *past, token_id, experts, gates = inputs
+        token = self.begin(context, *past, token_id)
+        return self.step.probabilities(previous, averages, [*token], *self.sums(experts, gates))
+
+    def sums(
+        self, experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
+    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D"]]:
+        """As `Step.sums`. Of the rows of all layers, reading half as much is worth a few operators more."""
+        step, weights = self.step, weights_of(gates)
+        layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
+        rows = step.rows(step.embeddings(), layers, experts)
+        rising = step.predictor.fading(sum_of_rows(weights * step.rise[:, None, None], rows))
+        return (layers + 1).amax(1), torch.cat([sum_of_rows(weights, rows), rising], 1)
+
+
+class Advance(nn.Module):
+    """The state after one finished token: averages take in its routing, the window moves on by one token."""
+
+    def __init__(self, predictor: PrefixPredictor) -> None:
+        super().__init__()
+        self.predictor = predictor
+        config, spec = predictor.config, predictor.spec
+        decays = torch.tensor(config.decays[1:])[:, None]
+        self.keep, self.take = nn.Buffer(decays), nn.Buffer(1 - decays)
+        self.one_hot = nn.Buffer(torch.eye(spec.num_experts))
+        self.ones = nn.Buffer(torch.ones(1, spec.top_k))
+        trunk = [predictor.earlier_trunk.weight[:, : config.earlier_width * len(config.decays)]]
+        if predictor.reads_ids:
+            self.row_of_id = nn.Buffer(_row_of_id(predictor.vocabulary)[:, None])
+            trunk += [predictor.token_trunk.weight[:, config.token_width :]]
+        self.trunk = nn.Buffer(torch.cat(trunk, 1).detach())
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """inputs: the tensors of the state it reads, token_id, experts, and gates, of no use to it."""
+        averages, *past, token_id, experts, _ = inputs
+        shape = averages.shape[-2:]
+        by_slot = functional.embedding(experts.mT, self.one_hot).flatten(2)  # B K L*E
+        routed = self.ones @ by_slot  # a sum, cheaper so
+        averages = self.keep * averages.flatten(2) + self.take * routed
+        told = [self.predictor.earlier(torch.cat([routed, averages], 1)).flatten(1)]
+        if self.predictor.reads_ids:
+            ids, window = past
+            *past, tokens = self._moved_on(ids, window, _number(token_id), experts)
+            told += [tokens]
+        maps = routed.to(torch.uint8).unflatten(2, shape), averages.unflatten(2, shape)
+        return (torch.cat(told, 1) @ self.trunk.T, *maps, *past)
+
+    def _moved_on(
+        self,
+        ids: Int32[Tensor, "B 1 T"],
+        routed: Int[Tensor, "B T L*K"],
+        number: Int32[Tensor, "B"],
+        experts: Int32[Tensor, "B L K"],
+    ) -> tuple[Int32[Tensor, "B 1 T"], Int[Tensor, "B T L*K"], Float[Tensor, "B R*C"]]:
+        """The window's next ids and experts, and the embeddings of its newest tokens."""
+        earlier, newest = ids.abs(), number[:, None, None]
+        before = torch.cat([newest, earlier[:, :, :-1]], 2)
+        # The token before the one at a place was, a token ago, at the same place.
+        follows = earlier == torch.where(newest > 0, newest, LIKE_NONE)
+        recent = before[:, 0, : self.predictor.config.recent_tokens].clamp(max=len(self.row_of_id) - 1)
+        rows = functional.embedding(recent, self.row_of_id)  # B R 1
+        tokens = functional.embedding(rows, self.predictor.tokens.weight)
+        window = torch.cat([experts.flatten(1)[:, None].to(routed.dtype), routed[:, :-1]], 1)
+        return torch.where(follows, before, -before), window, tokens.flatten(1)
+
+
+def weights_of(gates: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K 2"]:
+    """What the rows of `Step.embeddings` count: 1, and the gate's share."""
+    return functional.pad(shares(gates)[..., None], (1, 0), value=1.0)
+
+
+def _number(token_id: Int64[Tensor, "B"]) -> Int32[Tensor, "B"]:
+    """The id + 1, 0 where unknown."""
+    return token_id.clamp(-1, LARGEST_ID).int() + 1
+
+
+def _row_of_id(vocabulary: Vocabulary) -> Int32[Tensor, "V"]:
+    """Row of each id, shifted by one so that -1 comes first; ids past the end share the row of the last."""
+    largest = int(vocabulary.known[-1]) + 1 if len(vocabulary.known) else 0
+    return torch.from_numpy(vocabulary.rows(np.arange(-1, largest + 1)).astype(np.int32))
