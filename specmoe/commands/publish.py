@@ -3,7 +3,7 @@
     specmoe publish runs/mine/export --store ./store
     specmoe publish runs/mine/export --store s3://models/specmoe --alias production
 
-FOLDER holds predict.onnx, advance.onnx and draft.json, as export writes them. They are checked, loaded and
+FOLDER holds draft.json and the graphs it describes, as export writes them. They are checked, loaded and
 run: only what answers as its export promised is published.
 """
 

@@ -157,6 +157,9 @@ class Step(nn.Module):
         middle = spec.num_layers / 2
         self.rise = nn.Buffer(decay ** (middle - torch.arange(spec.num_layers)))
         self.fade = nn.Buffer(decay ** (torch.arange(spec.num_layers + 1)[:, None] - 1 - middle))
+        routing = predictor.routing.weight.detach().view(-1, spec.num_layers, 2, spec.num_experts)
+        self.routing = nn.Buffer(routing.permute(1, 3, 2, 0).contiguous())  # L E 2 D
+        self.of_share = nn.Buffer(torch.tensor([[1.0, -1.0], [0.0, spec.top_k]]))
         first = 1 + torch.arange(-1, spec.num_layers).clamp(min=0) * spec.num_experts
         self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
         self.ones = nn.Buffer(torch.ones(1, predictor.maps))
@@ -185,10 +188,7 @@ class Step(nn.Module):
 
         A gate counts by its offset from an equal share, K s - 1.
         """
-        predictor, spec = self.predictor, self.predictor.spec
-        table = predictor.routing.weight.view(-1, spec.num_layers, 2, spec.num_experts).permute(2, 1, 3, 0)
-        embedding, per_offset = table[0], table[1]  # L E D
-        return torch.stack([embedding - per_offset, spec.top_k * per_offset], 2)
+        return self.of_share @ self.routing
 
     def rows(
         self,
