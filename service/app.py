@@ -20,14 +20,18 @@ from starlette.exceptions import HTTPException
 
 from model_store.store import Store, open_store
 from service.explain import explained
+from service.inference import Inference
+from service.inference_protocol import INFER_PATHS, inference_routes
+from service.inference_schemas import INFER_REQUEST
 from service.metrics import Metrics
-from service.middleware import BodyLimit, InFlightLimit, RequestScope, exchange_of
+from service.middleware import BodyLimit, InFlightLimit, RequestScope, Shortcut, refusal
 from service.predictions import Predictions
-from service.problems import problem
-from service.routes import PREDICT_PATH, health_routes, model_routes, predict_routes
+from service.routes import PREDICT_PATH, health_routes, model_routes, predict_endpoint, predict_routes
 from service.schemas import PREDICT_REQUEST
 from service.serving import Serving
 from service.settings import Settings
+from service.stream.host import Streams
+from service.stream.routes import stream_routes
 
 
 def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
@@ -35,37 +39,45 @@ def create_app(settings: Settings, store: Store | None = None) -> FastAPI:
     metrics = Metrics()
     serving = Serving(store or open_store(settings.store), settings, metrics)
     predictions = Predictions(serving, settings)
+    streams = Streams(serving, settings, metrics)
     app = FastAPI(
         title="specMoE",
         summary="Which experts will a mixture-of-experts model need next?",
         version=_own_version(),
-        lifespan=_lifespan(serving, predictions),
+        lifespan=_lifespan(serving, predictions, streams),
         redoc_url=None,
         redirect_slashes=False,
     )
-    app.include_router(predict_routes(predictions, settings.body_timeout_seconds))
+    predict = predict_endpoint(predictions, streams, settings.body_timeout_seconds)
+    app.include_router(predict_routes(predict))
     app.include_router(model_routes(serving))
+    app.include_router(stream_routes(streams, serving))
     app.include_router(health_routes(serving, metrics))
+    inference = Inference(serving, settings, predictions.workers)
+    app.include_router(inference_routes(inference, serving, settings.body_timeout_seconds))
+    app.state.streams = streams
     app.add_exception_handler(HTTPException, _refuse)
     app.add_exception_handler(RequestValidationError, _refuse_parameters)
     # The last one added is the outermost.
+    app.add_middleware(Shortcut, path=PREDICT_PATH, endpoint=predict)
     app.add_middleware(BodyLimit, max_bytes=settings.max_body_bytes)
-    app.add_middleware(InFlightLimit, path=PREDICT_PATH, limit=settings.max_in_flight, metrics=metrics)
+    predicting = (PREDICT_PATH, *INFER_PATHS)
+    app.add_middleware(InFlightLimit, endpoints=predicting, limit=settings.max_in_flight, metrics=metrics)
     app.add_middleware(RequestScope, metrics=metrics, access_log_share=settings.access_log_share)
     app.openapi = lambda: _openapi(app)  # type: ignore[method-assign]
     return app
 
 
-def _lifespan(serving: Serving, predictions: Predictions) -> Any:
+def _lifespan(serving: Serving, predictions: Predictions, streams: Streams) -> Any:
     @contextlib.asynccontextmanager
     async def lifespan(_app: FastAPI) -> AsyncIterator[None]:
-        following = asyncio.create_task(serving.run())
+        running = [asyncio.create_task(work) for work in (serving.run(), streams.run())]
         try:
             yield
         finally:
-            following.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await following
+            for task in running:
+                task.cancel()
+            await asyncio.gather(*running, return_exceptions=True)
             predictions.close()
             serving.loader.close()
 
@@ -74,10 +86,7 @@ def _lifespan(serving: Serving, predictions: Predictions) -> Any:
 
 async def _refuse(request: Request, error: Exception) -> Response:
     """What the router refuses: a path or a method."""
-    exchange = exchange_of(request.scope)
-    found = problem(error)
-    exchange.outcome = found.kind.code
-    return found.response(exchange.request_id)
+    return refusal(error, request.scope)
 
 
 async def _refuse_parameters(request: Request, error: Exception) -> Response:
@@ -87,7 +96,7 @@ async def _refuse_parameters(request: Request, error: Exception) -> Response:
 
 
 def _openapi(app: FastAPI) -> dict[str, Any]:
-    """FastAPI's description, and the model of the body that the predict endpoint reads by itself."""
+    """FastAPI's description, and the models of the bodies that endpoints read by themselves."""
     if app.openapi_schema is None:
         described = get_openapi(
             title=app.title,
@@ -96,9 +105,10 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
             routes=app.routes,
             tags=app.openapi_tags,
         )
-        request = PREDICT_REQUEST.json_schema(ref_template="#/components/schemas/{model}")
-        parts = request.pop("$defs", {})
-        described["components"]["schemas"] |= {"PredictRequest": request, **parts}
+        for name, body in (("PredictRequest", PREDICT_REQUEST), ("InferRequest", INFER_REQUEST)):
+            request = body.json_schema(ref_template="#/components/schemas/{model}")
+            parts = request.pop("$defs", {})
+            described["components"]["schemas"] |= {name: request, **parts}
         app.openapi_schema = described
     return app.openapi_schema
 

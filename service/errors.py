@@ -10,6 +10,13 @@ SpecMoEError
     ├── BodyLate                 its body did not arrive in time
     ├── MediaTypeUnsupported     its body is not JSON
     ├── Overloaded               more requests are in flight than are allowed
+    ├── UpgradeRequired          plain HTTP came where a WebSocket was expected
+    ├── MessageInvalid           a message of a stream is refused; the stream goes on
+    │   ├── ContextTooLong       it adds more history than may wait
+    │   └── SequencesExhausted   it opens more sequences than are allowed
+    ├── MessageUnreadable        a message of a stream cannot be understood
+    ├── HelloLate                a stream did not say what it is for in time
+    ├── StreamsExhausted         more streams are open than are allowed
     ├── ModelNotServed           it names a model that this service does not serve
     └── VersionUnavailable       no answer from this model or version, now
         ├── ModelNotReady        the model has not been loaded yet, or is refused
@@ -55,6 +62,34 @@ class MediaTypeUnsupported(ServiceError):
 
 class Overloaded(ServiceError):
     """More requests are in flight than are allowed."""
+
+
+class UpgradeRequired(ServiceError):
+    """Plain HTTP came where a WebSocket was expected."""
+
+
+class MessageInvalid(ServiceError):
+    """A message of a stream is refused; the stream goes on."""
+
+
+class ContextTooLong(MessageInvalid):
+    """It adds more history than may wait to be taken in."""
+
+
+class SequencesExhausted(MessageInvalid):
+    """It opens more sequences than are allowed."""
+
+
+class MessageUnreadable(ServiceError):
+    """A message of a stream cannot be understood, so that what follows could not be either."""
+
+
+class HelloLate(ServiceError):
+    """A stream did not say what it is for in time."""
+
+
+class StreamsExhausted(ServiceError):
+    """More streams are open than are allowed."""
 
 
 class ModelNotServed(ServiceError):

@@ -48,14 +48,15 @@ def _sentence(problem: ErrorDetails) -> str:
         case "extra_forbidden":
             return f"{field} is not a field of this request."
         case "model_type" | "model_attributes_type":
-            return f"{field or 'The body'} is {_came(problem['input'])}, expected an object."
+            return f"{field or 'The body'} is {came(problem['input'])}, expected an object."
         case "finite_number":
             return f"{field} is not a finite number."
     expected = problem["msg"].removeprefix("Input should be ").removeprefix("Value error, ")
-    return f"{field} is {_came(problem['input'])}, expected {expected[:1].lower()}{expected[1:]}."
+    return f"{field} is {came(problem['input'])}, expected {expected[:1].lower()}{expected[1:]}."
 
 
-def _came(value: Any) -> str:
+def came(value: Any) -> str:
+    """A value as a message shows it."""
     if isinstance(value, list):
         return f"a list of {len(value)}"
     if isinstance(value, dict):

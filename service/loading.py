@@ -19,6 +19,7 @@ from jaxtyping import Int64
 
 from model_store.errors import StoreUnavailable, VersionNotFound
 from model_store.store import Store
+from service.device import choose
 from service.errors import VersionRefused
 from service.metrics import Metrics, VersionMetrics
 from service.settings import Settings
@@ -38,7 +39,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Running:
     """A version in memory that passed its golden check."""
 
@@ -125,14 +126,14 @@ class Loader:
 def _load(store: Store, settings: Settings, metrics: Metrics, model: str, version: int) -> Running:
     began = time.perf_counter()
     stored = store.load(model, version)
-    speculator = Speculator(stored, provider=settings.provider, threads=settings.model_threads)
+    speculator, provider_reason = choose(stored, settings)
     check_golden(speculator)
     _warm_up(speculator)
     return Running(
         model=model,
         version=version,
         speculator=speculator,
-        provider_reason=_provider_reason(settings.provider, speculator.provider),
+        provider_reason=provider_reason,
         load_seconds=round(time.perf_counter() - began, 3),
         metrics=metrics.of_version(model, version),
     )
@@ -152,12 +153,6 @@ def _warm_up(speculator: Speculator) -> None:
     for batch in WARM_UP_BATCHES:
         nothing_seen = np.full((batch, spec.num_layers, spec.top_k), -1, np.int32)
         speculator.predict(speculator.initial_state(batch), None, nothing_seen, None)
-
-
-def _provider_reason(asked: str, used: str) -> str:
-    if asked != "auto":
-        return "set by SPECMOE_PROVIDER"
-    return "a GPU works here" if used == "cuda" else "no GPU that works here"
 
 
 def _refusal(model: str, version: int, error: Exception) -> VersionRefused:

@@ -22,6 +22,9 @@ class VersionMetrics:
     def __init__(self, metrics: Metrics, model: str, version: int) -> None:
         self.request_seconds = metrics.request_seconds.labels(model, version)
         self.model_seconds = metrics.model_seconds.labels(model, version)
+        self.stream_seconds = metrics.stream_seconds.labels(model, version)
+        self.forecasts = metrics.forecasts.labels(model, version)
+        self.dropped_forecasts = metrics.dropped_forecasts.labels(model, version)
 
 
 class Metrics:
@@ -43,6 +46,32 @@ class Metrics:
             version,
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
+        )
+        self.stream_seconds = Histogram(
+            "specmoe_stream_seconds",
+            "From a stream's message to the forecast it made due.",
+            version,
+            buckets=SECONDS_BUCKETS,
+            registry=self.registry,
+        )
+        self.forecasts = Counter(
+            "specmoe_stream_forecasts", "Forecasts sent, by sequence.", version, registry=self.registry
+        )
+        self.dropped_forecasts = Counter(
+            "specmoe_stream_dropped_forecasts",
+            "Forecasts that were due and not sent: overtaken, too late, or not read.",
+            version,
+            registry=self.registry,
+        )
+        self.messages = Counter(
+            "specmoe_stream_messages",
+            "Messages of clients by outcome: ok, or the code of the error.",
+            ("outcome",),
+            registry=self.registry,
+        )
+        self.streams = Gauge("specmoe_streams", "Open streams.", registry=self.registry)
+        self.stream_sequences = Gauge(
+            "specmoe_stream_sequences", "Open sequences of all streams.", registry=self.registry
         )
         self.requests = Counter(
             "specmoe_requests",
@@ -72,6 +101,7 @@ class Metrics:
         ProcessCollector(registry=self.registry)
         PlatformCollector(registry=self.registry)
         self._versions: dict[tuple[str, int], VersionMetrics] = {}
+        self._messages: dict[str, Counter] = {}
         self._outcomes: dict[tuple[str, str, str, str], Counter] = {}
 
     def of_version(self, model: str, version: int) -> VersionMetrics:
@@ -84,6 +114,13 @@ class Metrics:
         child = self._outcomes.get(key)
         if child is None:
             child = self._outcomes[key] = self.requests.labels(*key)
+        child.inc()
+
+    def count_message(self, outcome: str) -> None:
+        """One message of a stream more."""
+        child = self._messages.get(outcome)
+        if child is None:
+            child = self._messages[outcome] = self.messages.labels(outcome)
         child.inc()
 
     def text(self) -> bytes:

@@ -26,7 +26,9 @@ from service.prediction import predict
 from service.schemas import PREDICT_REQUEST, PredictRequest
 from service.serving import Serving
 from service.settings import Settings
+from service.together import Together
 from speculation.errors import InputInvalid
+from traces.errors import SpecMoEError
 
 # Work is counted in rows: a sequence or a context token. On two busy cores the first row took 300 µs, each
 # further one 100, a hop to a thread and back 75 to 120. So up to four rows, under 1 ms, are done at once: the
@@ -37,12 +39,13 @@ INLINE_BODY_BYTES = 16 << 10
 
 
 class Predictions:
-    """Answers requests for predictions. Belongs to one event loop."""
+    """Answers requests for predictions. Belongs to one event loop. workers: for what would hold it up."""
 
     def __init__(self, serving: Serving, settings: Settings) -> None:
         self._serving = serving
         self._settings = settings
-        self._workers = ThreadPoolExecutor(settings.worker_threads, "predict")
+        self._together = Together()
+        self.workers = ThreadPoolExecutor(settings.worker_threads, "predict")
 
     async def answer(self, body: bytes, exchange: Exchange) -> bytes:
         """The answer to a request's body, as JSON. Raises what `service.problems` maps."""
@@ -50,7 +53,7 @@ class Predictions:
         if len(body) <= INLINE_BODY_BYTES:
             request = parse(body)
         else:
-            request = await loop.run_in_executor(self._workers, parse, body)
+            request = await loop.run_in_executor(self.workers, parse, body)
         rows = check_size(
             request,
             max_sequences=self._settings.max_sequences,
@@ -58,13 +61,19 @@ class Predictions:
         )
         running = await self._serving.get(request.model, request.version)
         exchange.running = running
+        if rows == len(request.sequences) <= INLINE_ROWS:
+            question = Question(request, running)
+            try:
+                return question.answer(await self._together.predict(running, question.batch))
+            except InputInvalid as error:
+                raise question.misfit(error) from None
         if rows <= INLINE_ROWS:
             return compute(request, running)
-        return await loop.run_in_executor(self._workers, compute, request, running)
+        return await loop.run_in_executor(self.workers, compute, request, running)
 
     def close(self) -> None:
         """Wait for the work that is under way."""
-        self._workers.shutdown()
+        self.workers.shutdown()
 
 
 def parse(body: bytes) -> PredictRequest:
@@ -75,29 +84,42 @@ def parse(body: bytes) -> PredictRequest:
         raise explained(error.errors(include_url=False)) from None
 
 
+class Question:
+    """A request as arrays. Raises RequestInvalid or CoverageUnknown where it does not fit the version."""
+
+    def __init__(self, request: PredictRequest, running: Running) -> None:
+        spec = running.speculator.spec
+        self.batch: Batch = to_batch(request, spec)
+        self._request, self._running = request, running
+        self._sizes = list_sizes(request, running, self.batch, wanted_layers(request, spec, self.batch))
+
+    def answer(self, probabilities: Float32[np.ndarray, "B L E"]) -> bytes:
+        """What the model says, as JSON."""
+        running, request, spec = self._running, self._request, self._running.speculator.spec
+        together = request.combine == "union"
+        return orjson.dumps(
+            {
+                "model": running.model,
+                "version": running.version,
+                "predictions": None
+                if together
+                else per_sequence(probabilities, self._sizes, self.batch, spec),
+                "union": union(probabilities, self._sizes, request, spec) if together else None,
+            }
+        )
+
+    def misfit(self, error: InputInvalid) -> SpecMoEError:
+        """What the model's refusal means in the request's words."""
+        return misfit(self.batch, self._request, self._running.speculator.spec) or error
+
+
 def compute(request: PredictRequest, running: Running) -> bytes:
-    """The answer of a version. Raises RequestInvalid or CoverageUnknown where the request does not fit it."""
-    speculator = running.speculator
-    spec = speculator.spec
-    batch = to_batch(request, spec)
-    sizes = list_sizes(request, running, batch, wanted_layers(request, spec, batch))
-    probabilities = _timed(request, running, batch)
-    together = request.combine == "union"
-    return orjson.dumps(
-        {
-            "model": running.model,
-            "version": running.version,
-            "predictions": None if together else per_sequence(probabilities, sizes, batch, spec),
-            "union": union(probabilities, sizes, request, spec) if together else None,
-        }
-    )
-
-
-def _timed(request: PredictRequest, running: Running, batch: Batch) -> Float32[np.ndarray, "B L E"]:
+    """The answer of a version, worked out at once. Raises RequestInvalid or CoverageUnknown."""
+    question = Question(request, running)
     began = time.perf_counter()
     try:
-        probabilities = predict(running.speculator, batch)
+        probabilities = predict(running.speculator, question.batch)
     except InputInvalid as error:
-        raise misfit(batch, request, running.speculator.spec) or error from None
+        raise question.misfit(error) from None
     running.metrics.model_seconds.observe(time.perf_counter() - began)
-    return probabilities
+    return question.answer(probabilities)

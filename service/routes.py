@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeAlias
 
 import orjson
 from fastapi import APIRouter, Query, Request, Response
@@ -18,21 +18,29 @@ from pydantic import BaseModel
 from service import examples
 from service.errors import BodyLate, MediaTypeUnsupported, ModelNotReady
 from service.metrics import Metrics
-from service.middleware import exchange_of
+from service.middleware import exchange_of, refusal
 from service.models import model_summary, version_list
 from service.predictions import Predictions
-from service.problems import problem
 from service.schemas import ErrorBody, ModelList, NotReadyBody, PredictResponse, VersionList
 from service.serving import WAIT, Serving
+from service.stream import once
+from service.stream.host import Streams
 
 JSON = "application/json"
+FRAMES = "application/octet-stream"
+_FRAMES_SCHEMA = {
+    "type": "string",
+    "format": "binary",
+    "description": "The stream's messages, each behind its length: docs/rest-api.md.",
+}
 PREDICT_PATH = "/v1/predict"
 
 _PREDICT_ERRORS = {
+    400: "A body of frames cannot be read.",
     404: "The model is not served, or has no such version.",
     408: "The body did not arrive in time.",
     413: "The body or the batch is too large.",
-    415: "The body is not JSON.",
+    415: "The body is neither JSON nor frames.",
     422: "The body is not what is described here.",
     429: "Too many predictions are in flight. See `Retry-After`.",
     503: "The model is not ready, or the version is refused.",
@@ -44,24 +52,44 @@ _VERSIONS_ERRORS = {
 }
 
 
+Endpoint: TypeAlias = Callable[[Request], Coroutine[Any, Any, Response]]
+
+
 class DirectRoute(APIRoute):
     """Hands the request to its endpoint as it is: looking for parameters that it has not took 50 µs."""
 
-    def get_route_handler(self) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    def get_route_handler(self) -> Endpoint:
         """The endpoint."""
-        endpoint: Callable[[Request], Coroutine[Any, Any, Response]] = self.endpoint
+        endpoint: Endpoint = self.endpoint
         return endpoint
 
 
-def predict_routes(predictions: Predictions, body_timeout_seconds: float) -> APIRouter:
-    """POST /v1/predict. It reads the body itself: FastAPI would make a dict of it before pydantic sees it."""
-    router = APIRouter(tags=["predictions"], route_class=DirectRoute)
+def predict_endpoint(predictions: Predictions, streams: Streams, body_timeout_seconds: float) -> Endpoint:
+    """What answers POST /v1/predict. It reads the body itself: FastAPI would make a dict of it first."""
 
-    @router.post(
+    async def predict(request: Request) -> Response:
+        exchange = exchange_of(request.scope)
+        media_type = _media_type(exchange.headers)
+        body = await read_body(request, body_timeout_seconds)
+        if media_type == JSON:
+            return Response(await predictions.answer(body, exchange), media_type=JSON)
+        frames, exchange.running = await once.answer(body, streams)
+        return Response(frames, media_type=FRAMES)
+
+    return predict
+
+
+def predict_routes(endpoint: Endpoint) -> APIRouter:
+    """POST /v1/predict, as OpenAPI tells it; `service.middleware.Shortcut` leads to the endpoint as well."""
+    router = APIRouter(tags=["predictions"], route_class=DirectRoute)
+    router.post(
         PREDICT_PATH,
         summary="Which experts will these sequences need?",
         response_model=None,
-        responses={200: {"model": PredictResponse}, **_errors(_PREDICT_ERRORS)},
+        responses={
+            200: {"model": PredictResponse, "content": {FRAMES: {"schema": _FRAMES_SCHEMA}}},
+            **_errors(_PREDICT_ERRORS),
+        },
         openapi_extra={
             "requestBody": {
                 "required": True,
@@ -69,17 +97,12 @@ def predict_routes(predictions: Predictions, body_timeout_seconds: float) -> API
                     JSON: {
                         "schema": {"$ref": "#/components/schemas/PredictRequest"},
                         "examples": examples.PREDICT,
-                    }
+                    },
+                    FRAMES: {"schema": _FRAMES_SCHEMA},
                 },
             }
         },
-    )
-    async def predict(request: Request) -> Response:
-        exchange = exchange_of(request.scope)
-        _require_json(exchange.headers)
-        body = await _body(request, body_timeout_seconds)
-        return Response(await predictions.answer(body, exchange), media_type=JSON)
-
+    )(endpoint)
     return router
 
 
@@ -133,10 +156,8 @@ def health_routes(serving: Serving, metrics: Metrics) -> APIRouter:
         reasons = serving.unready()
         if not reasons:
             return Response(b'{"status":"ready"}', media_type=JSON)
-        exchange = exchange_of(request.scope)
-        found = problem(ModelNotReady(f"Not ready: {', '.join(sorted(reasons))}.", remedy=WAIT))
-        exchange.outcome = found.kind.code
-        return found.response(exchange.request_id, reasons=reasons)
+        error = ModelNotReady(f"Not ready: {', '.join(sorted(reasons))}.", remedy=WAIT)
+        return refusal(error, request.scope, reasons=reasons)
 
     @router.get("/metrics", summary="For Prometheus", response_model=None, response_class=Response)
     async def prometheus() -> Response:
@@ -145,7 +166,8 @@ def health_routes(serving: Serving, metrics: Metrics) -> APIRouter:
     return router
 
 
-async def _body(request: Request, timeout_seconds: float) -> bytes:
+async def read_body(request: Request, timeout_seconds: float) -> bytes:
+    """The whole body. Raises BodyLate."""
     try:
         async with asyncio.timeout(timeout_seconds):
             return await request.body()
@@ -156,18 +178,25 @@ async def _body(request: Request, timeout_seconds: float) -> bytes:
         ) from None
 
 
-def _require_json(headers: dict[bytes, bytes]) -> None:
-    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower()
-    if media_type != JSON.encode():
+def _media_type(headers: dict[bytes, bytes]) -> str:
+    """JSON or FRAMES. Raises MediaTypeUnsupported."""
+    media_type = headers.get(b"content-type", b"").partition(b";")[0].strip().lower().decode("latin-1")
+    if media_type not in (JSON, FRAMES):
         raise MediaTypeUnsupported(
-            f"Content-Type is {media_type.decode('latin-1')[:60] or 'missing'}, expected {JSON}.",
+            f"Content-Type is {media_type[:60] or 'missing'}, expected {JSON} or {FRAMES}.",
             remedy=f"Send JSON with the header Content-Type: {JSON}.",
         )
+    refuse_encoding(headers)
+    return media_type
+
+
+def refuse_encoding(headers: dict[bytes, bytes]) -> None:
+    """Raises MediaTypeUnsupported where the body is compressed: how large it is would show too late."""
     encoding = headers.get(b"content-encoding", b"identity")
     if encoding != b"identity":
         raise MediaTypeUnsupported(
             f"Content-Encoding is {encoding.decode('latin-1')[:60]}, expected none.",
-            remedy="Send plain JSON.",
+            remedy="Send it as it is.",
         )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from datetime import datetime
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, TypeAdapter, WithJsonSchema
 from pydantic_core import PydanticCustomError
@@ -55,6 +55,11 @@ Layer = Annotated[int, Field(ge=0, lt=MAX_LAYERS)]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
+Item = TypeVar("Item")
+# Told of its first wrong item: a list of a million would take seconds to tell of all.
+Checked = Annotated[list[Item], Field(fail_fast=True)]
+
+
 class Request(BaseModel):
     """Takes JSON types as they are (no "3" for 3) and refuses fields it does not know."""
 
@@ -65,10 +70,10 @@ class Token(Request):
     """A token and how it was routed, layer by layer from layer 0."""
 
     token_id: TokenId | None = Field(None, description="Id in the model's own tokenizer; null where unknown.")
-    experts: list[list[Expert]] = Field(
+    experts: Checked[Checked[Expert]] = Field(
         [], description="experts[l]: the top_k experts that layer l routed the token to, in any order."
     )
-    gates: list[list[Gate]] | None = Field(
+    gates: Checked[Checked[Gate]] | None = Field(
         None,
         description="Router weights in the order of `experts`, on any scale; null where unknown.",
     )
@@ -77,7 +82,7 @@ class Token(Request):
 class Sequence(Token):
     """One sequence being generated: the token in progress, and the finished ones before it."""
 
-    context: list[Token] = Field(
+    context: Checked[Token] = Field(
         [],
         description="Finished tokens of this sequence, oldest first, each with all its layers. May be empty.",
     )
@@ -88,7 +93,7 @@ class PredictRequest(Request):
 
     model: str = Field(max_length=100, description="A name that /v1/models lists.")
     version: VersionSelector = Field(None, description="Version or alias; null for the one that is served.")
-    sequences: list[Sequence] = Field(min_length=1)
+    sequences: Checked[Sequence] = Field(min_length=1)
     layers: Annotated[list[Layer], Field(min_length=1)] | None = Field(
         None, description="Layers wanted; of these, each sequence gets those it has not seen. null: all."
     )
@@ -212,6 +217,38 @@ class VersionList(BaseModel):
     model: str
     aliases: dict[str, int]
     versions: list[VersionSummary]
+
+
+class LiveDistance(BaseModel):
+    """How forecasts of layers so far ahead turned out, over `layers` targets. See docs/evaluation.md."""
+
+    layers: int
+    recall_at_k: Probability
+    recall_at_2k: Probability
+    hit_at_1: Probability
+    ece: Probability = Field(description="15 bins of equal width over the first 2 * top_k ranked experts.")
+    coverage: dict[str, Probability] = Field(
+        description="By level: how often the set made for it held all routed experts."
+    )
+
+
+class LiveVersion(BaseModel):
+    """What streams saw of a version since the service was started. `distances`: "start", "1", "2", ..."""
+
+    version: int
+    tokens: int = Field(description="Tokens whose forecasts were scored, by SPECMOE_STREAM_SCORE_SHARE.")
+    forecasts: int
+    distances: dict[str, LiveDistance]
+    validation: dict[str, dict[str, float]] = Field(
+        description="The same scores on the validation split, from the manifest: what to compare with."
+    )
+
+
+class LiveReport(BaseModel):
+    """Answer of /v1/models/{model}/live, newest version first. Empty where no stream used the model."""
+
+    model: str
+    versions: list[LiveVersion]
 
 
 class ErrorBody(BaseModel):

@@ -73,7 +73,8 @@ class Settings(BaseSettings):
         (), description="What to serve: model, model@version or model@alias, comma-separated; empty: all."
     )
     provider: Literal["auto", "cpu", "cuda"] = Field(
-        "auto", description="Where models run. auto takes a GPU that works, else the CPU."
+        "auto",
+        description="Where models run. auto measures a GPU that works beside the CPU, and takes the faster.",
     )
     model_threads: int = Field(1, ge=1, le=256, description="Threads within one model call.")
     worker_threads: int = Field(
@@ -100,8 +101,25 @@ class Settings(BaseSettings):
     max_context_tokens: int = Field(
         4096, ge=0, le=1 << 20, description="Context tokens in a request, all sequences together."
     )
+    max_streams: int = Field(256, ge=1, le=65536, description="Streams that are open at the same time.")
+    max_stream_sequences: int = Field(
+        16384, ge=1, le=1 << 20, description="Sequences of all streams of a version; each takes some 36 kB."
+    )
+    max_frame_bytes: int = Field(1 << 20, ge=1024, le=1 << 26, description="Bytes of a stream's message.")
+    stream_idle_seconds: int = Field(
+        300, ge=1, le=86400, description="A stream's sequence that is not mentioned for so long is forgotten."
+    )
+    stream_batch_rows: int = Field(
+        64,
+        ge=1,
+        le=1024,
+        description="Sequences that one model call of the streams forecasts; 1: no batches.",
+    )
+    stream_score_share: float = Field(
+        0.25, ge=0.0, le=1.0, description="Share of the streams' tokens whose forecasts are scored."
+    )
     shutdown_seconds: int = Field(
-        10, ge=0, le=600, description="Time for requests in flight to finish after SIGTERM."
+        10, ge=0, le=600, description="Time for requests in flight and streams to finish after SIGTERM."
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field(
         "info", description="Least level that is logged."

@@ -145,7 +145,8 @@ class Slots:
 
     def routing(self, row: int) -> Integer[np.ndarray, "L K"]:
         """What was told of the current token."""
-        return self._experts[row]
+        told: Integer[np.ndarray, "L K"] = self._experts[row]
+        return told
 
     def _begin(self, rows: Rows) -> None:
         token = self.steps.begin(_taken(self._begin_state, rows), self._token_ids[rows])

@@ -13,7 +13,7 @@ import gc
 import logging
 import signal
 import socket
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from model_store.errors import ModelNotFound
 from model_store.store import Store, open_store
@@ -65,15 +65,18 @@ def check_models(store: Store, settings: Settings) -> None:
         )
 
 
-def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
-    """How an app is served: the fast event loop and parser, nothing logged or added to a request."""
+def server_config(app: FastAPI, settings: Settings, websocket: Any = "none") -> uvicorn.Config:
+    """How an app is served: the fast event loop and parser, nothing logged or added to a request.
+
+    websocket: the protocol that takes over connections that are to be upgraded.
+    """
     import uvicorn
 
     return uvicorn.Config(
         app,
         loop="uvloop",
         http="httptools",
-        ws="none",
+        ws=websocket,
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -85,10 +88,10 @@ def server_config(app: FastAPI, settings: Settings) -> uvicorn.Config:
 
 
 def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
-    import uvicorn
-
     from service.app import create_app
     from service.listening import address, beyond_this_machine
+    from service.server import Server
+    from service.stream.websocket import websocket_protocol
 
     app = create_app(settings, store)
     # What has been imported stays: left out of the garbage collector's full rounds, it no longer makes them
@@ -103,4 +106,5 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
         log.warning("others than this machine may reach the service, which has no authentication")
     # uvicorn raises the signal that stopped it once more at the end: a stop that was asked for is no failure.
     signal.signal(signal.SIGTERM, lambda *_: None)
-    uvicorn.Server(server_config(app, settings)).run(sockets=[listener])
+    config = server_config(app, settings, websocket_protocol(app.state.streams))
+    Server(config, app.state.streams, settings.shutdown_seconds).run(sockets=[listener])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
+import threading
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from typing import Any
 
 import httpx
@@ -12,6 +13,9 @@ import httpx
 from model_store.store import Store
 from service.app import create_app
 from service.settings import Settings
+
+# Path, body and headers to answer.
+Post = Callable[[str, bytes, dict[str, str]], httpx.Response]
 
 FINISHED = [[0, 1], [2, 3], [4, 5], [6, 7]]
 
@@ -30,6 +34,25 @@ async def running_app(
         if until_ready:
             await wait_for(client, "/readyz", lambda answer: answer.status_code == 200)
         yield client
+
+
+@contextlib.contextmanager
+def app_on_a_thread(settings: Settings) -> Iterator[Post]:
+    """Posts to an app that runs on a loop of its own, for hypothesis knows no coroutines."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+
+    def wait(work: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
+
+    context = contextlib.AsyncExitStack()
+    client = wait(context.enter_async_context(running_app(settings)))
+    yield lambda path, body, headers: wait(client.post(path, content=body, headers=headers))
+    wait(context.aclose())
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
 
 
 async def wait_for(client: httpx.AsyncClient, path: str, fulfilled: Any) -> httpx.Response:

@@ -5,11 +5,8 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import json
-import threading
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from service.settings import Settings
-from tests.service.in_process import FINISHED, running_app
+from tests.service.in_process import FINISHED, app_on_a_thread
 
 Post = Callable[[bytes], httpx.Response]
 
@@ -67,23 +64,9 @@ request = st.fixed_dictionaries(
 
 @pytest.fixture(scope="module")
 def post(shared_store: Path) -> Iterator[Post]:
-    """Posts a body to one app that runs on a loop of its own, for hypothesis knows no coroutines."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
-
-    def wait(work: Coroutine[Any, Any, Any]) -> Any:
-        return asyncio.run_coroutine_threadsafe(work, loop).result(60)
-
-    context = contextlib.AsyncExitStack()
-    client = wait(context.enter_async_context(running_app(Settings(store=str(shared_store), provider="cpu"))))
-    yield lambda body: wait(
-        client.post("/v1/predict", content=body, headers={"content-type": "application/json"})
-    )
-    wait(context.aclose())
-    loop.call_soon_threadsafe(loop.stop)
-    thread.join()
-    loop.close()
+    """Posts a body to one app."""
+    with app_on_a_thread(Settings(store=str(shared_store), provider="cpu")) as post:
+        yield lambda body: post("/v1/predict", body, {"content-type": "application/json"})
 
 
 def check(response: httpx.Response) -> None:

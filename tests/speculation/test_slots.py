@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from model_store.manifest import StateTensor
 from speculation.errors import InputInvalid
 from speculation.runtime import Speculator
 from speculation.slots import Slots
@@ -93,6 +96,49 @@ class Interleavings(RuleBasedStateMachine):
 
 Interleavings.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=40)
 test_any_interleaving_is_working_it_out_from_scratch = Interleavings.TestCase
+
+
+class Counting:
+    """Steps that count how often each layer is taken in, and how often a token is begun."""
+
+    spec = TOY_SPEC
+    state = (StateTensor(name="unused", dtype="float32", shape=()),)
+    token = (StateTensor(name="begun", dtype="float32", shape=(1,)),)
+    progress = (StateTensor(name="times", dtype="float32", shape=(LAYERS, 1)),)
+    begin_reads, step_reads = (), (0,)
+
+    def __init__(self) -> None:
+        self.begun = 0
+
+    def begin(self, state: Any, token_ids: np.ndarray[Any, Any]) -> Any:
+        self.begun += len(token_ids)
+        return (np.full((len(token_ids), 1), self.begun, np.float32),)
+
+    def step(self, state: Any, token: Any, progress: Any, layers: Any, experts: Any, gates: Any) -> Any:
+        (times,) = (array.copy() for array in progress)
+        assert experts.shape == gates.shape == (*layers.shape, TOY_SPEC.top_k)
+        assert ((experts < 0).all(-1) == (layers < 0)).all()
+        for row, place in np.argwhere(layers >= 0):
+            times[row, layers[row, place]] += 1
+        return (times,), times.repeat(TOY_SPEC.num_experts, -1)
+
+
+@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2), st.booleans()), max_size=15))
+def test_every_layer_is_taken_in_once_however_rows_are_batched(told: list[tuple[int, int, bool]]) -> None:
+    steps = Counting()
+    slots = Slots(steps, 3)  # type: ignore[arg-type]
+    rows = np.array([slots.open() for _ in range(3)])
+    slots.start(rows, np.zeros(3, np.int64))
+    for row, layers, together in told:
+        first = int(slots.seen[row])
+        layers = min(layers, LAYERS - first)
+        if layers:
+            slots.tell(rows[row : row + 1], first, np.array([[[0, 1]] * layers]), None)
+        asked = rows if together else rows[row : row + 1]
+        expected = (np.arange(LAYERS) < slots.seen[asked][:, None]).astype(np.float32)
+        np.testing.assert_array_equal(slots.forecast(asked)[..., 0], expected)
+    slots.forecast(rows)
+    assert steps.begun == 3
 
 
 @pytest.fixture

@@ -1,0 +1,356 @@
+"""All streams of one version: their sequences' state, and forecasts computed together.
+
+Connection -> Hub: open, start, tell, ... -> tick -> Connection.deliver
+
+Messages only note what is due. One tick, at the end of the event loop's round in which they came, works all
+of it off: finished tokens become history, then one model call forecasts for every sequence that waits,
+whichever connection it belongs to. A sequence waits for one forecast at most, the newest.
+
+.venv/bin/python -m pytest tests/service/stream/test_hub.py
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import random
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+from jaxtyping import Float32, Int64, Integer
+
+from service.errors import ContextTooLong, SequencesExhausted
+from service.loading import Running
+from service.settings import Settings
+from speculation.live import LiveScores
+from speculation.slots import Slots
+from speculation.steps import Steps
+
+# Rows of history that are worked off in a tick: some 100 µs for one sequence, 300 µs for so many.
+HISTORY_ROWS = 32
+# Tokens of all sequences that may wait to become history: some 40 MB for gpt-oss-20b.
+MAX_WAITING_TOKENS = 1 << 16
+# Rows that are forecast in a tick, before the loop may look at its sockets again: some 4 ms.
+TICK_ROWS = 256
+# Tokens whose forecasts are kept for scoring at the same time: 24 forecasts of 3 kB each, for gpt-oss-20b.
+SCORED_TOKENS = 64
+# How much a new measurement counts in the running average of a forecast's time.
+FRESH = 0.1
+
+Token = tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
+
+
+class Client(Protocol):
+    """Whom a sequence belongs to and forecasts go to."""
+
+    deadline_s: float
+    dropped: int
+
+    @property
+    def congested(self) -> bool: ...
+
+    def deliver(self, due: Due, probabilities: Float32[np.ndarray, "n L E"]) -> None: ...
+
+    def expire(self, rows: list[int]) -> None: ...
+
+    def fail(self, error: Exception) -> None: ...
+
+
+@dataclass(eq=False, slots=True)
+class Due:
+    """A forecast that a message asked for: of rows that have all seen the same layers.
+
+    A row waits for it for as long as `Hub` says so: newer messages may have overtaken it.
+    """
+
+    client: Client
+    tag: int
+    seen: int
+    rows: list[int]
+    asked_at: float
+
+
+class Hub:
+    """Belongs to one event loop; holds the version in memory for as long as streams use it."""
+
+    def __init__(self, running: Running, settings: Settings) -> None:
+        self.running = running
+        self._settings = settings
+        capacity = settings.max_stream_sequences
+        self.slots = Slots(Steps(running.speculator), capacity)
+        self._spec = running.speculator.spec
+        self.scores = LiveScores(self._spec, _coverage_sizes(running))
+        self._owner: list[Client | None] = [None] * capacity
+        self._waits: list[Due | None] = [None] * capacity
+        self._dues: deque[Due] = deque()
+        self._finished: dict[int, None] = {}
+        self._backlog: dict[int, deque[Token]] = {}
+        self._used_at = np.zeros(capacity)
+        self._scored: dict[int, list[tuple[int, np.ndarray[Any, Any]]]] = {}
+        self._to_score: deque[tuple[list[tuple[int, np.ndarray[Any, Any]]], np.ndarray[Any, Any]]] = deque()
+        self._loop = asyncio.get_running_loop()
+        self._tick_comes = False
+        self._forecast_s = 0.0
+
+    def check_room(self, count: int) -> None:
+        """Raises SequencesExhausted where so many more sequences do not fit."""
+        most = self._settings.max_stream_sequences
+        if self.slots.in_use + count > most:
+            raise SequencesExhausted(
+                f"{count} more sequences were to be opened, but the streams of {self._spec.model} hold "
+                f"{self.slots.in_use} of at most {most}.",
+                remedy="Close some, or raise SPECMOE_MAX_STREAM_SEQUENCES.",
+            )
+
+    def open(self, client: Client) -> int:
+        """A row for a new sequence; `check_room` comes before it."""
+        row = self.slots.open()
+        self._owner[row] = client
+        self._used_at[row] = time.monotonic()
+        return row
+
+    def close(self, row: int) -> None:
+        """Forget a sequence and whatever waits for it."""
+        self._overtake(row)
+        self._finished.pop(row, None)
+        self._backlog.pop(row, None)
+        self._scored.pop(row, None)
+        self._owner[row] = None
+        self.slots.close(row)
+
+    def add_history(
+        self,
+        row: int,
+        token_ids: Int64[np.ndarray, "T"],
+        experts: Integer[np.ndarray, "T L K"],
+        gates: Float32[np.ndarray, "T L K"] | None,
+    ) -> None:
+        """Finished tokens of a sequence, worked off tick by tick. Raises ContextTooLong."""
+        waiting = self._backlog.get(row)
+        length = len(token_ids) + (len(waiting) if waiting else 0)
+        if length > self._settings.max_context_tokens:
+            raise ContextTooLong(
+                f"{length} context tokens of a sequence wait to be taken in, "
+                f"at most {self._settings.max_context_tokens} are allowed.",
+                remedy="Send the last tokens only: what is far back says little.",
+            )
+        self._check_waiting(len(token_ids))
+        self._settle([row])
+        if gates is None:
+            gates = np.ones(experts.shape, np.float32)
+        tokens = self._backlog.setdefault(row, deque())
+        tokens.extend(zip(token_ids.tolist(), experts, gates, strict=True))
+        self.use(row)
+        self._schedule()
+
+    def _check_waiting(self, count: int) -> None:
+        waiting = sum(map(len, self._backlog.values()))
+        if waiting + count > MAX_WAITING_TOKENS:
+            raise ContextTooLong(
+                f"{waiting} context tokens of all sequences wait to be taken in, "
+                f"at most {MAX_WAITING_TOKENS} are allowed.",
+                remedy="Send the contexts of fewer sequences at a time, or shorter ones.",
+            )
+
+    def start(self, rows: list[int], token_ids: Int64[np.ndarray, "n"]) -> None:
+        """Begin a token of each row."""
+        self._settle(rows)
+        self.slots.start(np.array(rows), token_ids)
+        for row in rows:
+            self._overtake(row)
+            self._scored.pop(row, None)
+            if (
+                len(self._scored) + len(self._to_score) < SCORED_TOKENS
+                and random.random() < self._settings.stream_score_share  # noqa: S311  # a sample, no secret
+            ):
+                self._scored[row] = []
+        self.use(rows)
+
+    def tell(
+        self,
+        rows: list[int],
+        first_layer: int,
+        experts: Integer[np.ndarray, "n m K"],
+        gates: Float32[np.ndarray, "n m K"] | None,
+    ) -> None:
+        """The routing of the next layers; a token whose last layer it is becomes history."""
+        self.slots.tell(np.array(rows), first_layer, experts, gates)
+        for row in rows:
+            self._overtake(row)
+        self.use(rows)
+        if first_layer + experts.shape[1] == self._spec.num_layers:
+            for row in rows:
+                self._finish(row)
+            self._schedule()
+
+    def end(self, rows: list[int]) -> None:
+        """Forget the token in progress of each row."""
+        for row in rows:
+            self._overtake(row)
+            self._scored.pop(row, None)
+        self.use(rows)
+
+    def ask(self, client: Client, tag: int, seen: int, rows: list[int]) -> None:
+        """Forecast for these rows, which have all seen so many layers, as soon as the tick comes."""
+        due = Due(client, tag, seen, list(rows), time.perf_counter())
+        for row in rows:
+            self._overtake(row)
+            self._waits[row] = due
+        self._dues.append(due)
+        self._schedule()
+
+    def waits(self, row: int) -> bool:
+        """Whether a forecast is due for the row."""
+        return self._waits[row] is not None
+
+    def wake(self) -> None:
+        """A client that was congested reads again."""
+        self._schedule()
+
+    def expire(self) -> None:
+        """Tell clients to forget the sequences that were not mentioned for too long."""
+        long_ago = time.monotonic() - self._settings.stream_idle_seconds
+        by_client: dict[Client, list[int]] = {}
+        for row in np.flatnonzero(self._used_at < long_ago).tolist():
+            owner = self._owner[row]
+            if owner is not None:
+                by_client.setdefault(owner, []).append(row)
+        for client, rows in by_client.items():
+            client.expire(rows)
+
+    def use(self, rows: int | list[int]) -> None:
+        """They were mentioned: they do not expire."""
+        self._used_at[rows] = time.monotonic()
+
+    def _overtake(self, row: int) -> None:
+        """Drop the forecast that the row waits for: something newer came."""
+        due = self._waits[row]
+        if due is not None:
+            self._waits[row] = None
+            self._drop(due.client, 1)
+
+    def _drop(self, client: Client, count: int) -> None:
+        client.dropped += count
+        self.running.metrics.dropped_forecasts.inc(count)
+
+    def _finish(self, row: int) -> None:
+        forecasts = self._scored.pop(row, None)
+        if forecasts:
+            self._to_score.append((forecasts, self.slots.routing(row).copy()))
+        if row in self._backlog:
+            self._backlog[row].append(self.slots.finished(row))
+        else:
+            self._finished[row] = None
+
+    def _settle(self, rows: Sequence[int]) -> None:
+        """What is finished of these rows must be history before their next token overwrites it."""
+        if any(row in self._finished for row in rows):
+            self._advance_finished()
+
+    def _schedule(self) -> None:
+        if not self._tick_comes:
+            self._tick_comes = True
+            self._loop.call_soon(self._tick)
+
+    def _tick(self) -> None:
+        self._tick_comes = False
+        try:
+            self._work_off()
+        except Exception as error:  # nobody knows what became of their sequences: let them begin anew
+            for client in {owner for owner in self._owner if owner is not None}:
+                client.fail(error)
+
+    def _work_off(self) -> None:
+        self._advance_finished()
+        self._work_off_history()
+        dues = self._ready()
+        if dues:
+            self._forecast(dues)
+        if self._to_score:  # one a tick: it takes as long as a forecast
+            self.scores.add(*self._to_score.popleft())
+        if self._backlog or self._to_score or any(not due.client.congested for due in self._dues):
+            self._schedule()
+
+    def _advance_finished(self) -> None:
+        rows = list(self._finished)
+        self._finished.clear()
+        for first in range(0, len(rows), self._settings.stream_batch_rows):
+            self.slots.advance(np.array(rows[first : first + self._settings.stream_batch_rows]))
+
+    def _work_off_history(self) -> None:
+        """One token of as many sequences as a tick may, oldest first."""
+        rows = list(itertools.islice(self._backlog, HISTORY_ROWS))
+        if not rows:
+            return
+        tokens = [self._backlog[row].popleft() for row in rows]
+        token_ids, experts, gates = zip(*tokens, strict=True)
+        self.slots.advance_with(np.array(rows), np.array(token_ids), np.stack(experts), np.stack(gates))
+        for row in rows:
+            waiting = self._backlog.pop(row)
+            if waiting:  # behind the others, so that everyone has a turn
+                self._backlog[row] = waiting
+
+    def _ready(self) -> list[Due]:
+        """Dues that can be forecast now; those that must wait for their client or for history stay."""
+        now = time.perf_counter()
+        ready: list[Due] = []
+        later: list[Due] = []
+        count = 0
+        while self._dues and count < TICK_ROWS:
+            due = self._dues.popleft()
+            due.rows = [row for row in due.rows if self._waits[row] is due]
+            if not due.rows:
+                continue
+            deadline_s = due.client.deadline_s
+            if deadline_s and now + self._forecast_s > due.asked_at + deadline_s:
+                for row in due.rows:
+                    self._overtake(row)
+                # An estimate that drops everything would never be measured again.
+                self._forecast_s *= 1.0 - FRESH
+            elif due.client.congested or (self._backlog and any(row in self._backlog for row in due.rows)):
+                later.append(due)
+            else:
+                ready.append(due)
+                count += len(due.rows)
+        self._dues.extend(later)
+        return ready
+
+    def _forecast(self, dues: list[Due]) -> None:
+        rows = [row for due in dues for row in due.rows]
+        for row in rows:
+            self._waits[row] = None
+        began = time.perf_counter()
+        probabilities = self._probabilities(np.array(rows))
+        ended = time.perf_counter()
+        self._forecast_s += FRESH * (ended - began - self._forecast_s)
+        self.running.metrics.model_seconds.observe(ended - began)
+        first = 0
+        for due in dues:
+            of_due = probabilities[first : first + len(due.rows)]
+            first += len(due.rows)
+            if self._scored:
+                self._keep_for_scoring(due, of_due)
+            due.client.deliver(due, of_due)
+
+    def _probabilities(self, rows: Int64[np.ndarray, "n"]) -> Float32[np.ndarray, "n L E"]:
+        most = self._settings.stream_batch_rows
+        if len(rows) <= most:
+            return self.slots.forecast(rows)
+        return np.concatenate(
+            [self.slots.forecast(rows[first : first + most]) for first in range(0, len(rows), most)]
+        )
+
+    def _keep_for_scoring(self, due: Due, probabilities: Float32[np.ndarray, "n L E"]) -> None:
+        for row, of_row in zip(due.rows, probabilities, strict=True):
+            kept = self._scored.get(row)
+            # `ask` may repeat a forecast: each distance counts once a token.
+            if kept is not None and (not kept or kept[-1][0] < due.seen):
+                kept.append((due.seen, of_row.copy()))
+
+
+def _coverage_sizes(running: Running) -> dict[float, Int64[np.ndarray, "L L"]]:
+    return {level: running.coverage_sizes(level) for level in running.speculator.manifest.coverage.levels}
