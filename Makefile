@@ -6,10 +6,11 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install --quiet --quiet --disable-pip-version-check --constraint constraints.txt
 REQUIREMENTS := pyproject.toml clients/python/pyproject.toml constraints.txt
 STORE ?= runs/store
+SERVERS := mlserver litserve bentoml kserve
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install serve test lint types bench image clean train-gpt-oss-20b train-deepseek-v2-lite
+.PHONY: help install serve test lint types bench bench-servers image clean train-gpt-oss-20b train-deepseek-v2-lite
 
 help: ## List these targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / { printf "  make %-24s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -33,6 +34,8 @@ types: $(VENV)/.development ## Check types
 bench: $(VENV)/.development ## Measure model time and the service's latency on this machine
 	$(BIN)/specmoe bench $(ARGS)
 
+bench-servers: $(SERVERS:%=.venv-servers/%/.installed) ## Install the other model servers that `make bench` compares with
+
 train-gpt-oss-20b: ## Train gpt-oss-20b's predictor and publish it (TRACES=folder STORE=folder)
 train-deepseek-v2-lite: ## Train deepseek-v2-lite's predictor and publish it (TRACES=folder STORE=folder)
 # 16,000 tokens are few: visit them more often and drop more. There is no token table: a wider trunk is cheap.
@@ -46,8 +49,8 @@ train-gpt-oss-20b train-deepseek-v2-lite: $(VENV)/.training
 image: $(VENV)/.application ## Build the container image without docker and show it answering (as root)
 	deploy/build-image.sh
 
-clean: ## Remove .venv and everything built
-	rm -rf $(VENV) build dist
+clean: ## Remove .venv, .venv-servers and everything built
+	rm -rf $(VENV) .venv-servers build dist
 
 # One environment, filled as far as a target needs it. A stamp is older than what it was made from: install again.
 $(VENV)/.python:
@@ -72,3 +75,10 @@ $(VENV)/.development: $(VENV)/.python $(REQUIREMENTS)
 	@echo "Installing specMoE, its client and what tests need into $(VENV) (some 2 GB, once)."
 	$(INSTALL) --editable '.[dev]' --editable clients/python
 	@touch $@ $(VENV)/.application $(VENV)/.training
+
+# Each in an environment of its own: they want different versions of the same packages.
+.venv-servers/%/.installed: benchmarks/servers/%/requirements.txt
+	@echo "Installing $* into .venv-servers/$* (200 to 500 MB, once)."
+	$(PYTHON) -m venv .venv-servers/$*
+	.venv-servers/$*/bin/python -m pip install --quiet --quiet --disable-pip-version-check --requirement $<
+	@touch $@

@@ -2,6 +2,7 @@
 
 SpecMoEError
 ├── BenchError     what is to be measured does not start or does not answer
+│   └── BadAnswer  it answers otherwise than it should
 └── ReplayError    the trace, the service and the flags of `specmoe replay` do not fit together
 """
 
@@ -12,6 +13,13 @@ from traces.errors import SpecMoEError
 
 class BenchError(SpecMoEError):
     """Nothing can be measured, or what was measured is not what it should be."""
+
+
+class BadAnswer(BenchError):
+    """A server that is being measured did not answer as it should."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, remedy="Check that it is of the same release as this command.")
 
 
 class ReplayError(SpecMoEError):

@@ -89,7 +89,7 @@ class ReplayedService:
             "context_tokens": self._context_tokens,
             "answered": len(self._latencies_ms),
             "unanswered": dict(self._unanswered),
-            "latency_ms": _percentiles(self._latencies_ms),
+            "latency_ms": percentiles(self._latencies_ms),
         }
 
     def _all_layers(self, prediction: SequencePrediction, seen: int) -> Int32[np.ndarray, "M n"]:
@@ -110,7 +110,7 @@ class ReplayedService:
         )
 
 
-def _percentiles(values: list[float]) -> dict[str, float]:
+def percentiles(values: list[float]) -> dict[str, float]:
     """Measured values, none in between; nothing of nothing."""
     names = {"p50": 50, "p90": 90, "p99": 99, "max": 100} if values else {}
     return {name: float(np.percentile(values, share, method="higher")) for name, share in names.items()}

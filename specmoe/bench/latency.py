@@ -38,6 +38,11 @@ class Latency:
         """A measured time, none in between: the smallest that `share` percent do not exceed, rounded up."""
         return float(np.percentile(self._times_us, share, method="higher"))
 
+    @property
+    def per_second(self) -> float:
+        """How many were done in a second."""
+        return len(self._times_us) / self._seconds
+
     def report(self) -> dict[str, float]:
         """Fit for JSON; nothing of nothing."""
         if not self._times_us:
@@ -46,7 +51,7 @@ class Latency:
             "p50_us": round(self.percentile_us(50), 2),
             "p99_us": round(self.percentile_us(99), 2),
             "calls": len(self._times_us),
-            "per_second": round(len(self._times_us) / self._seconds, 1),
+            "per_second": round(self.per_second, 1),
         }
 
 

@@ -1,24 +1,25 @@
 """The load: keep-alive connections that send one request again and again, in a process of its own.
 
 One thread waits on all sockets and reads answers whole: a client with more comforts costs more than the
-server it measures. Orders come as JSON lines on stdin, times go out as JSON lines on stdout.
+server it measures. `specmoe.bench.orders` tells how it is told what to do.
 
-    python -m specmoe.bench.load REQUEST_FILE [CORE]
+    python -m specmoe.bench.load [CORE]
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import re
 import selectors
 import socket
 import sys
 import time
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
-from specmoe.bench.cores import pin
+from specmoe.bench.orders import Worker, carry_out, worker
+from specmoe.bench.processes import Address, connect
+from specmoe.errors import BadAnswer
 
 OK = b"HTTP/1.1 200 "
 CONTENT_LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)\r\n", re.IGNORECASE)
@@ -27,32 +28,35 @@ CHUNK = 1 << 16
 ANSWER_SECONDS = 10.0
 
 
-class BadAnswer(Exception):
-    """The server did not answer 200 with a body whose length it says."""
+class Load:
+    """Requests on order, by a process of their own."""
+
+    def __init__(self, worker: Worker) -> None:
+        self._worker = worker
+
+    def round(
+        self, address: Address, request: bytes, connections: int, seconds: float
+    ) -> tuple[list[float], float]:
+        """What `storm` gives. Raises BenchError where an answer was wrong."""
+        result = self._worker.order(
+            address=address, request=request.decode("latin-1"), connections=connections, seconds=seconds
+        )
+        return result["times_us"], result["seconds"]
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Carry out orders until stdin ends: {"address", "connections", "seconds"}."""
-    request = Path(arguments[0]).read_bytes()
-    pin(int(arguments[1]) if len(arguments) > 1 else None)
-    for line in sys.stdin:
-        order = json.loads(line)
-        try:
-            times_us, seconds = storm(order["address"], request, order["connections"], order["seconds"])
-            result: dict[str, Any] = {"times_us": times_us, "seconds": seconds}
-        except (BadAnswer, OSError) as error:
-            result = {"error": str(error) or type(error).__name__}
-        print(json.dumps(result), flush=True)
+@contextlib.contextmanager
+def load(core: int | None) -> Iterator[Load]:
+    """The load, on this core, until the block ends."""
+    with worker("specmoe.bench.load", core) as started:
+        yield Load(started)
 
 
-def storm(
-    address: str | list[Any], request: bytes, connections: int, seconds: float
-) -> tuple[list[float], float]:
+def storm(address: Address, request: bytes, connections: int, seconds: float) -> tuple[list[float], float]:
     """(microseconds of every request, seconds in all). Each connection has one request under way.
 
-    address: [host, port], or the path of a Unix socket. Raises BadAnswer, OSError.
+    Raises BadAnswer, OSError.
     """
-    opened = [_connect(address) for _ in range(connections)]
+    opened = [connect(address, ANSWER_SECONDS) for _ in range(connections)]
     try:
         for connection in opened:  # the first request of a connection pays for the server's setup of it
             connection.sendall(request)
@@ -114,16 +118,10 @@ def _more(connection: socket.socket) -> bytes:
     return received
 
 
-def _connect(address: str | list[Any]) -> socket.socket:
-    if isinstance(address, list):
-        connection = socket.create_connection((address[0], address[1]), timeout=ANSWER_SECONDS)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        return connection
-    connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(ANSWER_SECONDS)
-    connection.connect(address)
-    return connection
+def _carried_out(address: Address, request: str, connections: int, seconds: float) -> dict[str, Any]:
+    times_us, took = storm(address, request.encode("latin-1"), connections, seconds)
+    return {"times_us": times_us, "seconds": took}
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    carry_out(sys.argv[1:], _carried_out)

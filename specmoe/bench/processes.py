@@ -1,4 +1,4 @@
-"""The processes of a measurement: servers that are ready, and the load that is put on them.
+"""The servers of a measurement: ready when they are needed, and gone afterwards.
 
 specmoe bench --only rest
 """
@@ -14,8 +14,9 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import Any, TypeAlias
 
 from specmoe.errors import BenchError
 
@@ -27,59 +28,38 @@ STOP_SECONDS = 10.0
 POLL_SECONDS = 0.02
 
 
+@dataclass(frozen=True)
+class Started:
+    """A server that is ready."""
+
+    address: Address
+    pid: int
+
+
 @contextlib.contextmanager
-def server(module: str, arguments: Sequence[str], *, ready: str, log: Path) -> Iterator[Address]:
-    """A server until the block ends. Gives its address, once `ready` is a message of its log.
+def server_process(module: str, arguments: Sequence[str], *, ready: str, log: Path) -> Iterator[Started]:
+    """A server until the block ends, once `ready` is a message of its log.
 
     Raises BenchError where it ends, or refuses what it shall serve.
     """
-    with log.open("wb") as written, _started(module, arguments, stderr=written) as process:
+    with log.open("wb") as written, start_module(module, arguments, stderr=written) as process:
         try:
-            yield _address_when_ready(process, ready, log)
+            yield Started(_address_when_ready(process, ready, log), process.pid)
         finally:
-            _stop(process)
-
-
-class Load:
-    """The process that sends requests; see `specmoe.bench.load`."""
-
-    def __init__(self, orders: IO[bytes], results: IO[bytes]) -> None:
-        self._orders, self._results = orders, results
-
-    def round(self, address: Address, connections: int, seconds: float) -> tuple[list[float], float]:
-        """(microseconds of every request, seconds in all). Raises BenchError where an answer was wrong."""
-        order = {"address": address, "connections": connections, "seconds": seconds}
-        try:
-            self._orders.write(json.dumps(order).encode() + b"\n")
-            self._orders.flush()
-            line = self._results.readline()
-        except BrokenPipeError:
-            line = b""
-        result = json.loads(line or b'{"error": "the process that sends requests ended"}')
-        if "error" in result:
-            raise BenchError(f"The load failed: {result['error']}.", remedy="See what the message says.")
-        return result["times_us"], result["seconds"]
+            stop(process)
 
 
 @contextlib.contextmanager
-def load(request: bytes, folder: Path, core: int | None) -> Iterator[Load]:
-    """A process that sends this request on orders, until the block ends."""
-    path = folder / "request"
-    path.write_bytes(request)
-    arguments = [str(path)] if core is None else [str(path), str(core)]
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
-    with _started("specmoe.bench.load", arguments, **pipes) as process:
-        try:
-            if process.stdin and process.stdout:
-                yield Load(process.stdin, process.stdout)
-        finally:
-            _stop(process)
+def server(module: str, arguments: Sequence[str], *, ready: str, log: Path) -> Iterator[Address]:
+    """The address of a `server_process`."""
+    with server_process(module, arguments, ready=ready, log=log) as started:
+        yield started.address
 
 
 def post(address: Address, path: str, body: bytes) -> bytes:
     """One answer, on a connection of its own. Raises BenchError where it is not 200."""
     connection = http.client.HTTPConnection("service", timeout=READY_SECONDS)
-    connection.sock = _connected(address)
+    connection.sock = connect(address)
     with contextlib.closing(connection):
         connection.request("POST", path, body, {"Content-Type": "application/json"})
         response = connection.getresponse()
@@ -98,7 +78,7 @@ def http_request(path: str, body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _started(module: str, arguments: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
+def start_module(module: str, arguments: Sequence[str], **pipes: Any) -> subprocess.Popen[bytes]:
     """A module as a process: with the default settings, and deaf to Ctrl-C, which is for us to act on."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("SPECMOE_")}
     return subprocess.Popen(  # noqa: S603  # our own modules
@@ -106,7 +86,8 @@ def _started(module: str, arguments: Sequence[str], **pipes: Any) -> subprocess.
     )
 
 
-def _stop(process: subprocess.Popen[bytes]) -> None:
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """Asked to end, and made to where it does not."""
     process.terminate()
     try:
         process.wait(STOP_SECONDS)
@@ -138,10 +119,13 @@ def _address(where: str) -> Address:
     return [host, int(port)]
 
 
-def _connected(address: Address) -> socket.socket:
+def connect(address: Address, seconds: float = READY_SECONDS) -> socket.socket:
+    """A connection that sends at once, and waits so long for an answer."""
     if isinstance(address, list):
-        return socket.create_connection((address[0], address[1]), timeout=READY_SECONDS)
+        connection = socket.create_connection((address[0], address[1]), timeout=seconds)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return connection
     connection = socket.socket(socket.AF_UNIX)
-    connection.settimeout(READY_SECONDS)
+    connection.settimeout(seconds)
     connection.connect(address)
     return connection

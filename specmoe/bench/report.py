@@ -5,8 +5,10 @@ specmoe bench --markdown bench.md
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
+
+from specmoe.bench.report_streams import memory_lines, server_lines, stream_lines
+from specmoe.bench.tables import p50_p99, table, us, verdict
 
 NAME_OF_TRANSPORT = {"tcp": "TCP loopback", "unix": "Unix socket"}
 
@@ -20,8 +22,11 @@ def markdown(report: dict[str, Any]) -> str:
     ]
     if report.get("model_time"):
         lines += _model_lines(report["model_time"])
-    if report.get("rest", {}).get("rows"):
+    if report.get("rest"):
         lines += _rest_lines(report["rest"])
+    for part, lines_of in (("stream", stream_lines), ("servers", server_lines), ("memory", memory_lines)):
+        if report.get(part):
+            lines += lines_of(report[part])
     return "\n".join(lines) + "\n"
 
 
@@ -47,10 +52,10 @@ def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
         [
             row["case"],
             str(row["batch"]),
-            *_p50_p99(row["speculator"]),
-            *_p50_p99(row["session"]),
-            _us(row["speculator"]["p50_us"] - row["session"]["p50_us"]),
-            _us(row["speculator"]["p50_us"] / row["batch"]),
+            *p50_p99(row["speculator"]),
+            *p50_p99(row["session"]),
+            us(row["speculator"]["p50_us"] - row["session"]["p50_us"]),
+            us(row["speculator"]["p50_us"] / row["batch"]),
         ]
         for row in rows
     ]
@@ -61,7 +66,7 @@ def _model_lines(rows: list[dict[str, Any]]) -> list[str]:
         "",
         "One thread. *session*: ONNX Runtime on the same inputs; *added*: what `speculation/` adds at p50.",
         "",
-        *_table(head, body),
+        *table(head, body),
     ]
 
 
@@ -71,12 +76,12 @@ def _rest_lines(rest: dict[str, Any]) -> list[str]:
         [
             NAME_OF_TRANSPORT[row["transport"]],
             str(row["connections"]),
-            *_p50_p99(row["service"]),
+            *p50_p99(row["service"]),
             f"{row['service']['per_second']:.0f}",
-            *_p50_p99(row["bare"]),
+            *p50_p99(row["bare"]),
             f"{row['bare']['per_second']:.0f}",
             f"{row['ratio']:.2f}",
-            "met" if row["ratio"] <= rest["aim"] else "missed",
+            verdict(row["ratio"] <= rest["aim"]),
         ]
         for row in rest["rows"]
     ]
@@ -98,30 +103,8 @@ def _rest_lines(rest: dict[str, Any]) -> list[str]:
         f"One sequence, {rest['layers_seen']} layers seen with gates, no context, all others wanted: "
         f"{rest['request_bytes']} bytes there, {rest['answer_bytes']} back. *bare*: a FastAPI endpoint that "
         "checks the same body with the same pydantic model and gives the same bytes. The model alone in the "
-        f"same turns: p50 {_us(model['p50_us'])}, p99 {_us(model['p99_us'])}. *ratio*: p50 / (bare p50 + "
+        f"same turns: p50 {us(model['p50_us'])}, p99 {us(model['p99_us'])}. *ratio*: p50 / (bare p50 + "
         "connections × model p50), since one process answers one request after the other.",
         "",
-        *_table([*head, f"aim ≤ {rest['aim']}"], body),
+        *table([*head, f"aim ≤ {rest['aim']}"], body),
     ]
-
-
-def _table(head: list[str], body: Iterable[list[str]]) -> list[str]:
-    """Cells padded, to be read as it stands: the first column to the left, numbers to the right."""
-    rows = [head, *body]
-    widths = [max(len(row[column]) for row in rows) for column in range(len(head))]
-    rule = [":" + "-" * (widths[0] - 1), *("-" * (width - 1) + ":" for width in widths[1:])]
-    return [_line(row, widths) for row in (head, rule, *rows[1:])]
-
-
-def _line(cells: list[str], widths: list[int]) -> str:
-    first, *rest = zip(cells, widths, strict=True)
-    padded = [f"{first[0]:<{first[1]}}", *(f"{cell:>{width}}" for cell, width in rest)]
-    return f"| {' | '.join(padded)} |"
-
-
-def _p50_p99(latency: dict[str, float]) -> tuple[str, str]:
-    return _us(latency["p50_us"]), _us(latency["p99_us"])
-
-
-def _us(value: float) -> str:
-    return f"{value:.1f}" if abs(value) < 100 else f"{value:.0f}"

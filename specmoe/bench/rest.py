@@ -21,8 +21,10 @@ from model_store.manifest import Manifest
 from service.routes import PREDICT_PATH
 from specmoe.bench.cores import Cores
 from specmoe.bench.latency import Latency, measure, warm_up
+from specmoe.bench.load import Load, load
 from specmoe.bench.model_time import caller
-from specmoe.bench.processes import Address, Load, http_request, load, post, server
+from specmoe.bench.parts import Effort
+from specmoe.bench.processes import Address, http_request, post, server
 from specmoe.bench.routing import made_up, request_body
 from specmoe.errors import BenchError
 from speculation.runtime import Speculator
@@ -56,39 +58,44 @@ class RestLatency:
         self._layers = spec.num_layers - self._seen
         routing = made_up(spec, batch=1, seen=self._seen, seed=0)
         self._body = orjson.dumps(request_body(spec.model, manifest.version, routing, seen=self._seen))
+        self._request = http_request(PREDICT_PATH, self._body)
         self._answer_bytes = 0
         self._predict = caller(speculator.predict, speculator.initial_state(1), [routing])
         self._model = Latency()
         self._service = {key: Latency() for key in _keys()}
         self._bare = {key: Latency() for key in _keys()}
 
-    def run(self, rounds: int, seconds: float) -> Generator[str]:
-        """`rounds` times `seconds` for every contender; yields the name of what is measured next."""
+    def steps(self, effort: Effort) -> int:
+        """The start, and the rounds."""
+        return 1 + effort.rounds
+
+    def run(self, effort: Effort) -> Generator[str]:
+        """Every contender's turn, round after round; yields the name of what is measured next."""
         yield "starting servers"
         with (
             tempfile.TemporaryDirectory(prefix="specmoe-bench-") as name,
             self._servers(Path(name)) as servers,
-            load(http_request(PREDICT_PATH, self._body), Path(name), self._cores.client) as storm,
+            load(self._cores.client) as storm,
         ):
             warm_up(self._predict)
             for addresses in (servers.service, servers.bare):
                 for address in addresses.values():
-                    storm.round(address, max(CONNECTIONS), WARM_UP_SECONDS)
-            for number in range(rounds):
-                yield f"round {number + 1} of {rounds}"
-                self._round(servers, storm, seconds)
+                    storm.round(address, self._request, max(CONNECTIONS), WARM_UP_SECONDS)
+            for number in range(effort.rounds):
+                yield f"round {number + 1} of {effort.rounds}"
+                self._round(servers, storm, effort.round_seconds)
 
     def report(self) -> dict[str, Any]:
         """Fit for JSON. `ratio`: see `ratio`."""
+        if not len(self._service[_keys()[-1]]):
+            return {}
         return {
             "aim": AIM,
             "layers_seen": self._seen,
             "request_bytes": len(self._body),
             "answer_bytes": self._answer_bytes,
             "model": self._model.report(),
-            "rows": [self._row(transport, connections) for transport, connections in _keys()]
-            if len(self._model)
-            else [],
+            "rows": [self._row(transport, connections) for transport, connections in _keys()],
         }
 
     def _row(self, transport: str, connections: int) -> dict[str, Any]:
@@ -106,7 +113,7 @@ class RestLatency:
         for connections in CONNECTIONS:
             for transport in TRANSPORTS:
                 for addresses, times in ((servers.bare, self._bare), (servers.service, self._service)):
-                    times_us, took = storm.round(addresses[transport], connections, seconds)
+                    times_us, took = storm.round(addresses[transport], self._request, connections, seconds)
                     turns.append((times[transport, connections], times_us, took))
         measure([(self._predict, self._model)], seconds)
         for latency, times_us, took in turns:  # whole rounds only: Ctrl-C must not favour anyone

@@ -4,18 +4,21 @@
     specmoe replay test.npz --model gpt-oss-20b@2 --uds /run/specmoe.sock --cache-share 0.125 --every 1
 
 Prints recall by distance, the hit rate of a simulated expert cache without and with forecasts, and the
-latency that a client sees. The service keeps nothing between requests, so each question carries the last
-finished tokens again (--context-tokens): more of them are better forecasts and longer requests. One sequence
-is played at a time. Ctrl-C ends it and prints what there is.
+latency that a client sees. Over the stream, routing is told once, as it happens. Over REST (--rest) the
+service keeps nothing between requests, so each question carries the last finished tokens again
+(--context-tokens): more of them are better forecasts and longer requests. One sequence is played at a time.
+Ctrl-C ends it and prints what there is.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import json
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -24,6 +27,12 @@ from specmoe.replay import Replay
 from traces.files import load
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
+
+if TYPE_CHECKING:
+    from specmoe_client import Client
+
+    from specmoe.replayed_service import ReplayedService
+    from specmoe.replayed_stream import ReplayedStream
 
 SHOWN_DISTANCES = ("start", "1", "2", "4", "8", "16", "32")
 
@@ -34,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--model", required=True, metavar="NAME[@VERSION]", help="VERSION: a number or an alias")
     add("--url", default="http://127.0.0.1:8080", help="where the service listens (%(default)s)")
     add("--uds", metavar="PATH", help="its Unix socket, instead of TCP")
+    add("--rest", action="store_true", help="ask over REST instead of the stream")
     add("--cache-share", type=float, default=0.25, help="share of all experts that is resident (%(default)s)")
     add("--top-n", type=_positive, metavar="N", help="experts of a layer to prefetch (the model's top-k)")
     add(
@@ -48,7 +58,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=_natural,
         default=8,
         metavar="N",
-        help="finished tokens sent with each question (%(default)s)",
+        help="finished tokens sent with each question over REST (%(default)s)",
     )
     add("--limit", type=_positive, metavar="N", help="play the first N tokens only")
     add(
@@ -86,23 +96,42 @@ def _require_client() -> None:
 def _replay(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
     from specmoe_client import Client
 
-    from specmoe.replayed_service import ReplayedService, check_fit
+    from specmoe.replayed_service import check_fit
 
     model, _, version = args.model.partition("@")
     prefetch = args.top_n or trace.spec.top_k
     with Client(args.url, uds=args.uds, timeout_ms=args.timeout_ms) as client:
         check_fit(client.models(), model, trace.spec)
-        service = ReplayedService(
-            client,
-            trace,
-            model=model,
-            version=int(version) if version.isdecimal() else version or None,
-            context_tokens=args.context_tokens,
-            top_n=max(prefetch, 2 * trace.spec.top_k),
-        )
-        replay = Replay(trace, service.ask, every=args.every, prefetch=prefetch, cache_share=args.cache_share)
-        complete = _play(replay, args.limit)
+        asked = {
+            "model": model,
+            "version": int(version) if version.isdecimal() else version or None,
+            "top_n": min(max(prefetch, 2 * trace.spec.top_k), trace.spec.num_experts),
+        }
+        with _service(args, client, trace, asked) as service:
+            replay = Replay(
+                trace, service.ask, every=args.every, prefetch=prefetch, cache_share=args.cache_share
+            )
+            complete = _play(replay, args.limit)
     return {"model": model, **service.report(), **replay.report(), "complete": complete}
+
+
+@contextlib.contextmanager
+def _service(
+    args: argparse.Namespace, client: Client, trace: RoutingTrace, asked: dict[str, Any]
+) -> Iterator[ReplayedService | ReplayedStream]:
+    """Whatever answers: the stream, or REST."""
+    from specmoe_client import Stream
+
+    from specmoe.replayed_service import ReplayedService
+    from specmoe.replayed_stream import ReplayedStream
+
+    if args.rest:
+        yield ReplayedService(client, trace, context_tokens=args.context_tokens, **asked)
+        return
+    with Stream(args.url, uds=args.uds, every=args.every, **asked) as stream:
+        if not stream.ready():
+            raise stream.last_failure or ReplayError("The stream did not open.", remedy="See its log.")
+        yield ReplayedStream(stream, trace, timeout_ms=args.timeout_ms)
 
 
 def _play(replay: Replay, limit: int | None) -> bool:
@@ -125,10 +154,11 @@ def _text(report: dict[str, Any], spec: RoutingSpec) -> list[str]:
     unanswered = sum(report["unanswered"].values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in report["unanswered"].items())
     end = "" if report["complete"] else ", interrupted"
+    context = report["context_tokens"]
+    way = "over the stream" if context is None else f"with up to {context} finished tokens of context"
     return [
         f"{report['model']} (version {versions}), {report['tokens']} tokens{end},"
-        f" asked {len(report['questions_after_layers'])} times each,"
-        f" with up to {report['context_tokens']} finished tokens of context",
+        f" asked {len(report['questions_after_layers'])} times each, {way}",
         *_recall_lines(report["recall"], spec.top_k),
         *_cache_lines(report["cache"]),
         "",

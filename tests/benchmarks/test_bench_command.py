@@ -26,6 +26,8 @@ def measured(store: Path) -> tuple[dict[str, Any], str]:
     """(the numbers, the tables) of one quick run."""
     out, tables = store.parent / "bench.json", store.parent / "bench.md"
     flags = ["--store", str(store), "--provider", "cpu", "--json", str(out), "--markdown", str(tables)]
+    # Other servers take half a minute to start where they are installed: `test_servers.py` is without.
+    flags += ["--only", "model", "rest", "stream", "memory"]
     assert main(["bench", "--quick", "--model", "toy@1", *flags]) == 0
     return json.loads(out.read_text()), tables.read_text()
 
@@ -59,8 +61,8 @@ def test_the_tables_are_markdown(measured: tuple[dict[str, Any], str]) -> None:
     report, text = measured
     assert text == markdown(report)
     tables = [line for line in text.splitlines() if line.startswith("|")]
-    assert len(tables) == (2 + 9) + (2 + 4)
-    assert {line.count("|") for line in tables} == {9, 11}
+    assert len(tables) == (2 + 9) + (2 + 4) + (2 + 5) + (2 + 7) + (2 + 1)
+    assert {line.count("|") for line in tables} == {9, 11, 8, 5}
 
 
 @pytest.mark.parametrize(("ratio", "word"), [(1.6, "met"), (1.61, "missed")])
@@ -71,6 +73,29 @@ def test_whether_the_aim_is_met_is_said(
     for row in report["rest"]["rows"]:
         row["ratio"] = ratio
     assert markdown(report).count(f"| {word:>9} |") == 4
+
+
+def test_every_case_of_the_stream_is_measured(measured: tuple[dict[str, Any], str]) -> None:
+    stream = measured[0]["stream"]
+    for row in stream["rows"]:
+        assert row["start"]["calls"] >= row["connections"]
+        assert row["start"]["calls"] + row["layer"]["calls"] == row["all"]["calls"]
+    assert {row["sequences"] for row in stream["rows"]} == set(map(int, stream["steps"])) == {1, 32}
+
+
+def test_what_is_added_is_the_difference_of_the_numbers_beside_it(
+    measured: tuple[dict[str, Any], str],
+) -> None:
+    stream = measured[0]["stream"]
+    for row in stream["rows"]:
+        model = stream["steps"][str(row["sequences"])]["p50_us"]
+        assert row["added_us"] == pytest.approx(row["all"]["p50_us"] - model, abs=0.02)
+
+
+def test_memory_is_that_of_the_service_with_its_sequences(measured: tuple[dict[str, Any], str]) -> None:
+    memory = measured[0]["memory"]
+    assert memory["sequences"] == 100
+    assert 0 < memory["before_mb"] <= memory["after_mb"] + 20
 
 
 def test_half_of_it_can_be_measured(store: Path, capsys: pytest.CaptureFixture[str]) -> None:

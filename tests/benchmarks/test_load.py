@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from specmoe.bench.cores import core_list
-from specmoe.bench.load import BadAnswer, read_answer, storm
+from specmoe.bench.load import read_answer, storm
+from specmoe.errors import BadAnswer
 
 BODY = b'{"predictions": []}'
 HEAD = b"HTTP/1.1 200 OK\r\nDate: now\r\nContent-Length: %d\r\nX-Request-ID: a\r\n\r\n" % len(BODY)
