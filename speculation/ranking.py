@@ -13,6 +13,8 @@ from traces.spec import MAX_EXPERTS
 
 # An expert's id fits into so many bits of a sorting key.
 ID_BITS = (MAX_EXPERTS - 1).bit_length()
+ID_MASK = (1 << ID_BITS) - 1
+_IDS = np.arange(MAX_EXPERTS)
 # Below this share of the experts, selecting before sorting is faster than sorting all.
 SELECT_BELOW = 1 / 8
 
@@ -34,14 +36,16 @@ def rank(
         )
     # Adding 0 makes -0.0, whose bits are those of a large number, 0.
     bits = (np.asarray(probabilities, np.float32) + np.float32(0.0)).view(np.int32)
-    keys = np.arange(num_experts) - (bits.astype(np.int64) << ID_BITS)
+    keys = bits.astype(np.int64)
+    keys <<= ID_BITS
+    np.subtract(_IDS[:num_experts], keys, out=keys)
     if n < num_experts * SELECT_BELOW:
         keys = np.partition(keys, n - 1, axis=-1)[..., :n]
     keys.sort(axis=-1)
     keys = keys[..., :n]
-    experts = keys & ((1 << ID_BITS) - 1)
-    ranked = ((experts - keys) >> ID_BITS).astype(np.int32).view(np.float32)
-    return experts.astype(np.int32), ranked
+    experts = keys & ID_MASK
+    ranked = (experts - keys) >> ID_BITS
+    return experts.astype(np.int32), ranked.astype(np.int32).view(np.float32)
 
 
 def expected_recall(ranked: Float[np.ndarray, "... n"], top_k: int) -> Float[np.ndarray, "..."]:

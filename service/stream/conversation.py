@@ -55,11 +55,15 @@ class Speaker(Protocol):
 
 @dataclass(eq=False, slots=True)
 class Tracked:
-    """A sequence of this conversation. seen: layers told of the token in progress, or IDLE."""
+    """A sequence of this conversation. seen: layers told of the token in progress, or IDLE.
+
+    token: how many were started before the one in progress.
+    """
 
     name: int
     row: int
     seen: int = IDLE
+    token: int = -1
 
 
 class Conversation:
@@ -100,8 +104,9 @@ class Conversation:
 
     def deliver(self, due: Due, probabilities: Float32[np.ndarray, "n L E"]) -> None:
         """Send a forecast that the hub made."""
-        names = [self._by_row[row].name for row in due.rows]
-        tokens = self.hub.slots.started[due.rows] - np.uint32(1)
+        sequences = [self._by_row[row] for row in due.rows]
+        names = [sequence.name for sequence in sequences]
+        tokens = [sequence.token for sequence in sequences]
         encoding = self._speaker.encoding
         for kind, ranking in self._forecasts.rankings(due, names, tokens, self.dropped, probabilities):
             self._speaker.send(
@@ -156,6 +161,7 @@ class Conversation:
         self.hub.start(rows, message.token_ids)
         for sequence in sequences:
             sequence.seen = 0
+            sequence.token += 1
         if self._hello.at_start:
             self.hub.ask(self, message.tag, 0, rows)
 

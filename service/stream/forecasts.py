@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int64, UInt32
+from jaxtyping import Float32, Int64
 
 from service.answers import DEFAULT_TOP_K_MULTIPLE
 from service.errors import MessageInvalid
@@ -37,21 +37,21 @@ class Forecasts:
             if hello.coverage is None
             else running.coverage_sizes(hello.coverage)
         )
-        # By layers seen: the sizes of the layers a forecast is of.
-        self._sizes = [sizes[seen, seen : self._end(seen)] for seen in range(layers)]
+        # By layers seen: the sizes of the layers a forecast is of, and the largest.
+        ahead = [sizes[seen, seen : self._end(seen)] for seen in range(layers)]
+        self._sizes = [(of_layers, int(of_layers.max())) for of_layers in ahead]
 
     def rankings(
         self,
         due: Due,
         names: list[int],
-        tokens: UInt32[np.ndarray, "n"],
+        tokens: list[int],
         dropped: int,
         probabilities: Float32[np.ndarray, "n L E"],
     ) -> Iterator[tuple[Kind, Ranking]]:
         """A forecast, a union, or both."""
         ahead = probabilities[:, due.seen : self._end(due.seen)]
-        sizes = self._sizes[due.seen]
-        width = int(sizes.max())
+        sizes, width = self._sizes[due.seen]
         experts, ranked = rank(ahead, width)
         head = (due.tag, due.seen, dropped, names, tokens)
         if self._hello.per_sequence:

@@ -95,6 +95,8 @@ class Hub:
         self._loop = asyncio.get_running_loop()
         self._tick_comes = False
         self._forecast_s = 0.0
+        self._spin_s = settings.stream_spin_us / 1e6
+        self._awake, self._awake_until = False, 0.0
 
     def check_room(self, count: int) -> None:
         """Raises SequencesExhausted where so many more sequences do not fit."""
@@ -224,6 +226,8 @@ class Hub:
 
     def use(self, rows: int | list[int]) -> None:
         """They were mentioned: they do not expire."""
+        if isinstance(rows, list) and len(rows) == 1:
+            rows = rows[0]
         self._used_at[rows] = time.monotonic()
 
     def _overtake(self, row: int) -> None:
@@ -255,6 +259,23 @@ class Hub:
         if not self._tick_comes:
             self._tick_comes = True
             self._loop.call_soon(self._tick)
+            if self._spin_s:
+                self._stay_awake()
+
+    def _stay_awake(self) -> None:
+        """Have the loop look at its sockets again and again for a while, instead of sleeping.
+
+        On a virtual machine, a core that slept took 50 µs longer for the next model call, and for the rest.
+        """
+        self._awake_until = time.perf_counter() + self._spin_s
+        if not self._awake:
+            self._awake = True
+            self._loop.call_soon(self._spin)
+
+    def _spin(self) -> None:
+        self._awake = time.perf_counter() < self._awake_until
+        if self._awake:
+            self._loop.call_soon(self._spin)
 
     def _tick(self) -> None:
         self._tick_comes = False

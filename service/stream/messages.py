@@ -13,7 +13,7 @@ from enum import IntEnum
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float32, Int64, Integer, UInt32
+from jaxtyping import Float32, Int64, Integer
 
 PROTOCOL = 1
 # Sequences in a message: its count is a u16.
@@ -136,7 +136,7 @@ class Ranking:
     first_layer: int
     dropped: int
     sequences: Sequence[int]
-    tokens: UInt32[np.ndarray, "n"]
+    tokens: Sequence[int]
     experts: np.ndarray[Any, Any]
     probabilities: np.ndarray[Any, Any]
     sizes: Integer[np.ndarray, "m"]

@@ -194,7 +194,7 @@ class Text:
             }
             for sequence, token, experts, probabilities in zip(
                 ranking.sequences,
-                ranking.tokens.tolist(),
+                ranking.tokens,
                 ranking.experts,
                 ranking.probabilities,
                 strict=True,
@@ -215,7 +215,7 @@ class Text:
             first_layer=ranking.first_layer,
             dropped=ranking.dropped,
             sequences=list(ranking.sequences),
-            tokens=ranking.tokens.tolist(),
+            tokens=list(ranking.tokens),
             layers=_layers(ranking, ranking.experts, ranking.probabilities, with_distance=False),
         )
 

@@ -19,7 +19,7 @@ from tests.service.stream.conversing import SPECULATOR
 from tests.toy_version import TOY_SPEC
 
 RUNNING = Running("toy", 2, SPECULATOR, "", 0.0, Metrics().of_version("toy", 2))
-TOKENS = np.zeros(2, np.uint32)
+TOKENS = [0, 0]
 
 
 def rankings(probabilities: Any, seen: int = 0, **hello: Any) -> dict[Kind, Ranking]:

@@ -69,7 +69,7 @@ def test_the_welcome_is_what_is_written() -> None:
 
 def test_the_forecast_is_what_is_written_and_read() -> None:
     experts, probabilities = np.array([[[4, 19], [11, 2]]]), np.array([[[0.75, 0.5], [0.875, 0.25]]])
-    told = Ranking(5, 22, 3, [7], np.zeros(1, np.uint32), experts, probabilities, np.array([2, 2]))
+    told = Ranking(5, 22, 3, [7], [0], experts, probabilities, np.array([2, 2]))
     assert dumped("forecast").hex(" ") == Binary(32).forecast(told).hex(" ")
     layers = [
         {"layer": 22, "distance": 1, "experts": [4, 19], "probabilities": [0.75, 0.5]},

@@ -165,7 +165,7 @@ def ranking(seed: int, *, union: bool) -> Ranking:
         first_layer=int(rng.integers(4)),
         dropped=int(rng.integers(2**32)),
         sequences=list(range(n)),
-        tokens=rng.integers(0, 2**32, n).astype(np.uint32),
+        tokens=rng.integers(0, 2**32, n).tolist(),
         experts=rng.integers(0, 8, shape),
         # The same in float32 and in six decimals.
         probabilities=(rng.integers(0, 65, shape) / 64).astype(np.float32),
