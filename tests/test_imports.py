@@ -44,6 +44,7 @@ ROOMS = {
         frozenset(), OURS - {"specmoe_client"} | {"torch", "fastapi", "pyarrow", "onnxruntime"}, CLIENT
     ),
 }
+CLIENT_NEEDS = {"httpx", "numpy", "websockets"}
 HEAVY = ("torch", "pyarrow", "onnxruntime", "fastapi", "numpy", "httpx", "tqdm", "matplotlib", "boto3")
 
 
@@ -121,8 +122,8 @@ def test_a_trace_in_memory_needs_no_pyarrow() -> None:
     assert "pyarrow" not in fresh("import traces.trace")
 
 
-def test_the_client_brings_only_what_httpx_and_numpy_bring() -> None:
-    bare = set(fresh("import httpx, numpy, numpy.typing")) | sys.stdlib_module_names
+def test_the_client_brings_only_what_its_dependencies_bring() -> None:
+    bare = set(fresh("import httpx, numpy, numpy.typing, websockets")) | sys.stdlib_module_names
     assert set(fresh("import specmoe_client")) - bare == {"specmoe_client"}
 
 
@@ -178,10 +179,10 @@ def client_wheel(tmp_path_factory: pytest.TempPathFactory) -> zipfile.ZipFile:
     return zipfile.ZipFile(wheel)
 
 
-def test_the_client_wheel_requires_httpx_and_numpy_only(client_wheel: zipfile.ZipFile) -> None:
+def test_the_client_wheel_requires_httpx_numpy_and_websockets_only(client_wheel: zipfile.ZipFile) -> None:
     (metadata,) = (name for name in client_wheel.namelist() if name.endswith(".dist-info/METADATA"))
     requires = email.message_from_bytes(client_wheel.read(metadata)).get_all("Requires-Dist") or []
-    assert {re.split(r"[^A-Za-z0-9-]", requirement)[0] for requirement in requires} == {"httpx", "numpy"}
+    assert {re.split(r"[^A-Za-z0-9-]", requirement)[0] for requirement in requires} == CLIENT_NEEDS
 
 
 def test_the_client_wheel_holds_one_typed_package(client_wheel: zipfile.ZipFile) -> None:

@@ -10,9 +10,10 @@ import pytest
 
 from tests.contract.clients import connect
 from tests.contract.running import running_service
+from tests.contract.streams import open_stream
 from tests.toy_version import toy_store
 
-__all__ = ["connect"]
+__all__ = ["connect", "open_stream"]
 
 
 @pytest.fixture(scope="session")

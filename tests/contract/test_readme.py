@@ -27,7 +27,7 @@ def url(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield reached["base_url"]
 
 
-@pytest.mark.parametrize("example", EXAMPLES, ids=["sync", "async"])
+@pytest.mark.parametrize("example", EXAMPLES, ids=["sync", "async", "stream", "async stream"])
 def test_an_example_of_the_readme_runs_and_gets_a_prediction(example: str, url: str, capsys: Any) -> None:
     # The deadline of the examples is for a machine that does nothing else.
     code = example.replace("http://127.0.0.1:8080", url).replace("timeout_ms=5", "timeout_ms=10_000")

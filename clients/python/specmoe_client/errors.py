@@ -5,12 +5,14 @@
     │   ├── AnswerLate          the deadline passed first
     │   ├── ServiceUnreachable  no connection, or it broke before the answer was complete
     │   ├── ServiceUnavailable  the service is there but cannot answer now (408, 429, 5xx)
+    │   ├── MessageRefused      a stream goes on, but the service applied nothing of one of its messages
     │   └── AnswerInvalid       what came is not a specMoE answer
     └── RequestRefused          the request is wrong and will stay wrong: mend the program
         ├── NotFound            no such model, version or alias (404)
         └── RequestInvalid      wrong shapes, ids or options, or too large a body (413, 422)
 
 `predict` returns None for the first branch unless it is told to raise; the second branch is always raised.
+A stream raises at once what is wrong with its arguments; what the service refuses it for, `ready` raises.
 """
 
 from __future__ import annotations
@@ -64,6 +66,19 @@ class ServiceUnavailable(NoPrediction):
         self.status = status
         self.code = code
         self.request_id = request_id
+
+
+class MessageRefused(NoPrediction):
+    """The service refused a message of a stream: its sequences have no forecasts until they are opened again.
+
+    `code`: the service's own word.
+    """
+
+    reason = "refused"
+
+    def __init__(self, message: str, *, remedy: str, code: str) -> None:
+        super().__init__(message, remedy=remedy)
+        self.code = code
 
 
 class AnswerInvalid(NoPrediction):

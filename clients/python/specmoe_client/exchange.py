@@ -93,15 +93,7 @@ class Reply:
         document = self._json()
         if self._status == 200:
             return document
-        details = _details(document, self._status)
-        if self._status in NOT_NOW or self._status >= 500:
-            raise ServiceUnavailable(**details)
-        if 400 <= self._status < 500:
-            raise REFUSALS.get(self._status, RequestRefused)(**details)
-        raise AnswerInvalid(
-            f"The service answered with status {self._status}, expected 200.",
-            remedy="Check that base_url leads to specMoE itself, not to a page that redirects.",
-        )
+        raise refusal(self._status, document)
 
     def _json(self) -> Any:
         try:
@@ -113,6 +105,19 @@ class Reply:
                 f"The answer is not JSON ({type(error).__name__}).",
                 remedy="Check that base_url leads to specMoE itself.",
             ) from error
+
+
+def refusal(status: int, document: Any) -> ClientError:
+    """The error for an answer that is none, in the service's own words where `document` has them."""
+    details = _details(document, status)
+    if status in NOT_NOW or status >= 500:
+        return ServiceUnavailable(**details)
+    if 400 <= status < 500:
+        return REFUSALS.get(status, RequestRefused)(**details)
+    return AnswerInvalid(
+        f"The service answered with status {status}, which was not expected here.",
+        remedy="Check that base_url leads to specMoE itself, not to a page that redirects.",
+    )
 
 
 def _details(document: Any, status: int) -> dict[str, Any]:

@@ -30,14 +30,18 @@ class Failures:
         try:
             yield
         except NoPrediction as failure:
-            self.last = failure
-            self._log(failure)
+            self.note(failure)
             if on_failure == "raise":
                 raise
             # What is kept must not keep the request and its arrays alive.
             failure.__traceback__ = failure.__cause__ = failure.__context__ = None
         else:
             self.last = None
+
+    def note(self, failure: NoPrediction) -> None:
+        """Remember a failure, and log it unless one of its kind was logged a short while ago."""
+        self.last = failure
+        self._log(failure)
 
     def _log(self, failure: NoPrediction) -> None:
         now_s = time.monotonic()
