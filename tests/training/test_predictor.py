@@ -66,7 +66,8 @@ def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, t
     with torch.no_grad():
         logits = predictor(batch, rows, torch.full((len(rows), 1), seen))[token, 0]
     came = served(predictor, TRAIN.experts[: token + 1], seen)
-    torch.testing.assert_close(came[seen:], torch.sigmoid(logits)[seen:], atol=1e-4, rtol=0)
+    # Served, repeats are kept in bytes.
+    torch.testing.assert_close(came[seen:], torch.sigmoid(logits)[seen:], atol=2e-3, rtol=0)
 
 
 def test_the_future_changes_nothing(predictor: PrefixPredictor) -> None:
