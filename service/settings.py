@@ -103,7 +103,7 @@ class Settings(BaseSettings):
     )
     max_streams: int = Field(256, ge=1, le=65536, description="Streams that are open at the same time.")
     max_stream_sequences: int = Field(
-        16384, ge=1, le=1 << 20, description="Sequences of all streams of a version; each takes some 36 kB."
+        16384, ge=1, le=1 << 20, description="Sequences of all streams of a version; each takes some 32 kB."
     )
     max_frame_bytes: int = Field(1 << 20, ge=1024, le=1 << 26, description="Bytes of a stream's message.")
     stream_idle_seconds: int = Field(

@@ -181,13 +181,15 @@ class Hub:
     ) -> None:
         """The routing of the next layers; a token whose last layer it is becomes history."""
         self.slots.tell(np.array(rows), first_layer, experts, gates)
+        self.use(rows)
+        end = first_layer + experts.shape[1]
+        if end < self._spec.num_layers:
+            self._bring_up_to_date(rows, end)
+            return
         for row in rows:
             self._overtake(row)
-        self.use(rows)
-        if first_layer + experts.shape[1] == self._spec.num_layers:
-            for row in rows:
-                self._finish(row)
-            self._schedule()
+            self._finish(row)
+        self._schedule()
 
     def end(self, rows: list[int]) -> None:
         """Forget the token in progress of each row."""
@@ -229,6 +231,19 @@ class Hub:
         if isinstance(rows, list) and len(rows) == 1:
             rows = rows[0]
         self._used_at[rows] = time.monotonic()
+
+    def _bring_up_to_date(self, rows: list[int], seen: int) -> None:
+        """What these rows wait for is forecast from what was told by now."""
+        waiting: dict[Due, list[int]] = {}
+        for row in rows:
+            due = self._waits[row]
+            if due is not None:
+                waiting.setdefault(due, []).append(row)
+        for due, its_rows in waiting.items():
+            newer = Due(due.client, due.tag, seen, its_rows, due.asked_at)
+            for row in its_rows:
+                self._waits[row] = newer
+            self._dues.append(newer)
 
     def _overtake(self, row: int) -> None:
         """Drop the forecast that the row waits for: something newer came."""

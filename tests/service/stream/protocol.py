@@ -127,16 +127,19 @@ class Protocol:
             self.due.append(Due(message.get("tag", 0), 0, names))
 
     def _routing(self, names: list[int], message: Message) -> None:
-        self._overtake(names)
         gates = message.get("gates") or [None] * len(names)
         for name, experts, weights in zip(names, message["experts"], gates, strict=True):
             self.sequences[name].tell(experts, weights)
         first, end = message["first_layer"], message["first_layer"] + len(message["experts"][0])
         every = self.hello.get("every", 1)
         if end == self.spec.num_layers:
+            self._overtake(names)
             self.in_progress -= set(names)
         elif every and any(seen % every == 0 for seen in range(first + 1, end + 1)):
+            self._overtake(names)
             self.due.append(Due(message.get("tag", 0), end, names))
+        else:
+            self._bring_up_to_date(names, end)
 
     def _end(self, names: list[int], message: Message) -> None:
         self._overtake(names)
@@ -149,6 +152,18 @@ class Protocol:
             seen = self.sequences[name].seen
             asked.setdefault(seen, Due(message.get("tag", 0), seen)).names.append(name)
         self.due.extend(asked.values())
+
+    def _bring_up_to_date(self, names: list[int], seen: int) -> None:
+        moved = [
+            Due(due.tag, seen, [name for name in names if name in due.names])
+            for due in sorted(
+                self.due, key=lambda due: min(map(names.index, set(due.names) & set(names)), default=0)
+            )
+            if set(due.names) & set(names)
+        ]
+        for due in self.due:
+            due.names = [name for name in due.names if name not in names]
+        self.due = [due for due in self.due if due.names] + moved
 
     def _overtake(self, names: list[int]) -> None:
         for due in self.due:

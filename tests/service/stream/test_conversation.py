@@ -231,13 +231,14 @@ async def test_what_was_overtaken_is_counted_and_only_the_newest_is_sent(service
     assert await service.metric('specmoe_stream_dropped_forecasts_total{model="toy",version="2"}') >= 2
 
 
-async def test_routing_overtakes_a_forecast_even_where_none_is_due_after_it(service: Service) -> None:
+async def test_routing_that_makes_nothing_due_brings_a_forecast_up_to_date(service: Service) -> None:
     talk = await service.talk(every=2)
     talk.say("open", sequences=[1])
-    talk.say("start", sequences=[1])
-    assert await told(talk, 0, 1, 1) == []
+    talk.say("start", sequences=[1], tag=5)
+    (forecast,) = await told(talk, 0, 1, 1)
+    assert (forecast["tag"], forecast["first_layer"], forecast["dropped"]) == (5, 1, 0)
     (forecast,) = await told(talk, 1, 2, 1)
-    assert (forecast["first_layer"], forecast["dropped"]) == (2, 1)
+    assert (forecast["first_layer"], forecast["dropped"]) == (2, 0)
 
 
 async def test_nothing_is_sent_while_the_client_does_not_read_and_then_the_newest(service: Service) -> None:
