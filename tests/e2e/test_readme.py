@@ -48,10 +48,25 @@ def test_the_curl_example_gets_the_answer_that_is_shown() -> None:
         assert came["probabilities"] == pytest.approx(expected["probabilities"], abs=2e-3)
 
 
-@pytest.mark.parametrize("example", blocks("python"))
-def test_the_python_example_runs(example: str, capsys: pytest.CaptureFixture[str]) -> None:
+def executed(example: str) -> dict[str, object]:
     names: dict[str, object] = {}
     exec(compile(example, "README.md", "exec"), names)
+    return names
+
+
+def test_the_example_of_a_decode_loop_runs_and_gets_forecasts() -> None:
+    (example,) = (block for block in blocks("python") if "Stream(" in block)
+    with running_service(BUNDLED) as reached:
+        wait_until_ready(reached["base_url"])
+        patient = example.replace("stream.latest(sequence)", "stream.wait(sequence, timeout_ms=5000)")
+        names = executed(patient.replace("http://127.0.0.1:8080", reached["base_url"]))
+        assert names["forecast"] is not None
+        assert executed(example.replace("http://127.0.0.1:8080", reached["base_url"]))["layer"] == 23
+
+
+def test_the_example_in_process_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    (example,) = (block for block in blocks("python") if "load_speculator" in block)
+    names = executed(example)
     assert capsys.readouterr().out.count("\n") == 2
     assert getattr(names["probabilities"], "shape", None) == (32, 24, 32)
 
