@@ -42,13 +42,22 @@ class Case:
 
 
 # Flags of `specmoe serve`, beside where it listens.
-SERVERS: dict[str, list[str]] = {"tcp": [], "unix": [], "unbatched": ["--stream-batch-rows", "1"]}
+AWAKE = ["--stream-spin-us", "2000"]
+SERVERS: dict[str, list[str]] = {
+    "tcp": [],
+    "unix": [],
+    "tcp awake": AWAKE,
+    "unix awake": AWAKE,
+    "unbatched": ["--stream-batch-rows", "1"],
+}
 ONE_TCP = Case("1 sequence, TCP loopback", "tcp")
 ONE_UNIX = Case("1 sequence, Unix socket", "unix")
+ONE_TCP_AWAKE = Case("1 sequence, TCP loopback, awake", "tcp awake")
+ONE_UNIX_AWAKE = Case("1 sequence, Unix socket, awake", "unix awake")
 BATCH = Case("32 sequences in a frame, TCP loopback", "tcp", sequences=32)
 MANY = Case("16 connections, TCP loopback", "tcp", connections=16)
 MANY_UNBATCHED = Case("16 connections, TCP loopback, no batches", "unbatched", connections=16)
-CASES = (ONE_TCP, ONE_UNIX, BATCH, MANY, MANY_UNBATCHED)
+CASES = (ONE_TCP, ONE_UNIX, ONE_TCP_AWAKE, ONE_UNIX_AWAKE, BATCH, MANY, MANY_UNBATCHED)
 
 
 class Forecasts:
@@ -136,11 +145,19 @@ class StreamLatency:
         def percentile(case: Case, share: float) -> float:
             return self._times[case].all.percentile_us(share)
 
+        tcp = [
+            aim
+            for case in (ONE_TCP, ONE_TCP_AWAKE)
+            for aim in (
+                Aim(f"{case.title}, p50", 200, "µs").report(percentile(case, 50)),
+                Aim(f"{case.title}, p99", 500, "µs").report(percentile(case, 99)),
+                Aim(f"{case.title}, added to the model call", 120, "µs").report(self._added_us(case)),
+            )
+        ]
         return [
-            Aim(f"{ONE_TCP.title}, p50", 200, "µs").report(percentile(ONE_TCP, 50)),
-            Aim(f"{ONE_TCP.title}, p99", 500, "µs").report(percentile(ONE_TCP, 99)),
-            Aim(f"{ONE_TCP.title}, added to the model call", 120, "µs").report(self._added_us(ONE_TCP)),
+            *tcp,
             Aim(f"{ONE_UNIX.title}, p50", 150, "µs").report(percentile(ONE_UNIX, 50)),
+            Aim(f"{ONE_UNIX_AWAKE.title}, p50", 150, "µs").report(percentile(ONE_UNIX_AWAKE, 50)),
             Aim(f"{BATCH.title}, p50", 1500, "µs").report(percentile(BATCH, 50)),
             Aim(f"{MANY.title}, forecasts a second", 6000, "", True).report(self._times[MANY].all.per_second),
             Aim(f"{MANY.title}, p99", 10_000, "µs").report(percentile(MANY, 99)),
@@ -164,7 +181,8 @@ class StreamLatency:
         addresses: dict[str, Address] = {}
         with contextlib.ExitStack() as running:
             for name, more in SERVERS.items():
-                where = ["--uds", str(folder / "service.sock")] if name == "unix" else ["--port", "0"]
+                socket = folder / f"{name.replace(' ', '-')}.sock"
+                where = ["--uds", str(socket)] if name.startswith("unix") else ["--port", "0"]
                 started = server(
                     "specmoe.cli",
                     ["serve", *where, *self._flags, *more],
