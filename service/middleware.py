@@ -1,6 +1,6 @@
 """Around every request, in pure ASGI: its id, its time, its outcome, its limits.
 
-server -> RequestScope (id, count, log, error body) -> InFlightLimit -> BodyLimit -> Shortcut -> routes
+server -> RequestScope (id, count, log, error body) -> InFlightLimit -> BodyLimit -> routes
 
 Starlette's BaseHTTPMiddleware would cost more than the model.
 """
@@ -139,18 +139,35 @@ class BodyLimit:
             )
 
 
+class InFlight:
+    """Predictions at the same time, whichever way they came."""
+
+    def __init__(self, limit: int, metrics: Metrics) -> None:
+        self._limit, self._gauge, self._count = limit, metrics.in_flight, 0
+
+    def __enter__(self) -> None:
+        if self._count >= self._limit:
+            raise Overloaded(
+                f"{self._count} predictions are in flight, at most {self._limit} are allowed.",
+                remedy="Try again later, decode without a prediction, or raise SPECMOE_MAX_IN_FLIGHT.",
+            )
+        self._count += 1
+        self._gauge.inc()
+
+    def __exit__(self, *error: object) -> None:
+        self._count -= 1
+        self._gauge.dec()
+
+
 class InFlightLimit:
     """Refuses predictions beyond a number at the same time, before their bodies are read.
 
     endpoints: the paths that predict, as the routes have them.
     """
 
-    def __init__(self, app: ASGIApp, endpoints: Sequence[str], limit: int, metrics: Metrics) -> None:
-        self._app = app
-        self._limit = limit
-        self._gauge = metrics.in_flight
+    def __init__(self, app: ASGIApp, endpoints: Sequence[str], in_flight: InFlight) -> None:
+        self._app, self._in_flight = app, in_flight
         self._endpoints = [(compile_path(endpoint)[0], endpoint) for endpoint in endpoints]
-        self._in_flight = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         endpoint = self._endpoint(scope["path"]) if scope["type"] == "http" else None
@@ -158,38 +175,22 @@ class InFlightLimit:
             await self._app(scope, receive, send)
             return
         exchange_of(scope).endpoint = endpoint
-        if self._in_flight >= self._limit:
-            raise Overloaded(
-                f"{self._in_flight} predictions are in flight, at most {self._limit} are allowed.",
-                remedy="Try again later, decode without a prediction, or raise SPECMOE_MAX_IN_FLIGHT.",
-            )
-        self._in_flight += 1
-        self._gauge.inc()
-        try:
+        with self._in_flight:
             await self._app(scope, receive, send)
-        finally:
-            self._in_flight -= 1
-            self._gauge.dec()
 
     def _endpoint(self, path: str) -> str | None:
         return next((endpoint for pattern, endpoint in self._endpoints if pattern.match(path)), None)
 
 
-class Shortcut:
-    """Innermost: straight to the endpoint that is asked thousands of times a second.
+class Innermost:
+    """An endpoint as an ASGI application, with no router before it."""
 
-    FastAPI's own way there, through exit stacks, routes and their parameters, takes as long as the model.
-    """
-
-    def __init__(self, app: ASGIApp, path: str, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
-        self._app, self._path, self._endpoint = app, path, endpoint
+    def __init__(self, endpoint: Callable[[Request], Awaitable[Response]]) -> None:
+        self._endpoint = endpoint
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and scope["path"] == self._path and scope["method"] == "POST":
-            response = await self._endpoint(Request(scope, receive))
-            await response(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
+        response = await self._endpoint(Request(scope, receive))
+        await response(scope, receive, send)
 
 
 def refusal(error: Exception, scope: Scope, **more: object) -> Response:

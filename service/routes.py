@@ -6,7 +6,9 @@ curl localhost:8080/docs
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import functools
+import types
+from collections.abc import Callable, Coroutine, Generator
 from typing import Annotated, Any, TypeAlias
 
 import orjson
@@ -80,7 +82,7 @@ def predict_endpoint(predictions: Predictions, streams: Streams, body_timeout_se
 
 
 def predict_routes(endpoint: Endpoint) -> APIRouter:
-    """POST /v1/predict, as OpenAPI tells it; `service.middleware.Shortcut` leads to the endpoint as well."""
+    """POST /v1/predict, as OpenAPI tells it; requests come to the endpoint by `service.app.Service`."""
     router = APIRouter(tags=["predictions"], route_class=DirectRoute)
     router.post(
         PREDICT_PATH,
@@ -168,14 +170,36 @@ def health_routes(serving: Serving, metrics: Metrics) -> APIRouter:
 
 async def read_body(request: Request, timeout_seconds: float) -> bytes:
     """The whole body. Raises BodyLate."""
+    reading = request.body()
+    try:
+        waited_for = reading.send(None)
+    except StopIteration as whole:  # it came with its headers, as most do: a timer costs more than parsing it
+        body: bytes = whole.value
+        return body
     try:
         async with asyncio.timeout(timeout_seconds):
-            return await request.body()
+            return await _rest_of(reading, waited_for)
     except TimeoutError:
         raise BodyLate(
             f"The body did not arrive within {timeout_seconds:g} s.",
             remedy="Send it faster, or raise SPECMOE_BODY_TIMEOUT_SECONDS.",
         ) from None
+
+
+@types.coroutine
+def _rest_of(begun: Coroutine[Any, Any, bytes], waited_for: Any) -> Generator[Any, Any, bytes]:
+    """What a coroutine gives that was begun by hand and now waits for something."""
+    while True:
+        try:
+            came = yield waited_for
+        except BaseException as error:
+            step = functools.partial(begun.throw, error)
+        else:
+            step = functools.partial(begun.send, came)
+        try:
+            waited_for = step()
+        except StopIteration as whole:
+            return whole.value  # type: ignore[no-any-return]
 
 
 def _media_type(headers: dict[bytes, bytes]) -> str:

@@ -22,7 +22,7 @@ from service.logs import log_to_stderr
 from service.routes import JSON, PREDICT_PATH
 from service.schemas import PredictRequest
 from service.settings import read_settings
-from specmoe.commands.serve import server_config
+from specmoe.commands.serve import GARBAGE_THRESHOLDS, server_config
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +45,7 @@ def main(arguments: Sequence[str]) -> None:
     log_to_stderr(settings.log_level)
     with listening(settings) as listener:
         gc.freeze()
+        gc.set_threshold(*GARBAGE_THRESHOLDS)
         log.info("listening", extra={"address": address(listener)})
         uvicorn.Server(server_config(app, settings)).run(sockets=[listener])
 

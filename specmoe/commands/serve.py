@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # A decode loop that pauses keeps its connection; opening one costs more than a prediction.
 KEEP_ALIVE_SECONDS = 75
+GARBAGE_THRESHOLDS = (20_000, 20, 50)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -97,6 +98,8 @@ def _serve(settings: Settings, store: Store, listener: socket.socket) -> None:
     # What has been imported stays: left out of the garbage collector's full rounds, it no longer makes them
     # take tens of milliseconds, in which every prediction would be late.
     gc.freeze()
+    # Requests leave few cycles, and Python looks for them after every 700 objects otherwise.
+    gc.set_threshold(*GARBAGE_THRESHOLDS)
     where = address(listener)
     log.info(
         "listening",
