@@ -42,6 +42,9 @@ READ_BUFFER_BYTES = 16 << 10
 # What is not read by the client fills the socket first, then this; beyond it forecasts wait.
 WRITE_BUFFER_BYTES = 256 << 10
 
+# Looked up for every message otherwise.
+BINARY = WSMsgType.BINARY
+
 # picows tells of every connection and every disconnection.
 log = logging.getLogger(__name__)
 log.setLevel(logging.WARNING)
@@ -65,7 +68,9 @@ class Listener(WSListener):
     def on_ws_frame(self, transport: WSTransport, frame: WSFrame) -> None:
         """One frame; picows answers pings by itself."""
         kind = frame.msg_type
-        if kind == WSMsgType.CLOSE:
+        if kind == BINARY and frame.fin and not (frame.rsv1 or frame.rsv2 or frame.rsv3):
+            self._connection.receive(frame.get_payload_as_bytes())
+        elif kind == WSMsgType.CLOSE:
             self._connection.close(NORMAL, "")  # does nothing where this side began
             transport.disconnect()
         elif kind == WSMsgType.CONTINUATION or not frame.fin:
@@ -76,8 +81,6 @@ class Listener(WSListener):
             self._connection.refuse(
                 MessageUnreadable("A frame uses an extension.", remedy="Send it as it is, not compressed.")
             )
-        elif kind == WSMsgType.BINARY:
-            self._connection.receive(frame.get_payload_as_bytes())
         elif kind == WSMsgType.TEXT:
             self._receive_text(frame)
 
@@ -100,7 +103,7 @@ class Listener(WSListener):
     def send(self, message: bytes | str) -> None:
         """A whole message."""
         if isinstance(message, bytes):
-            self._transport.send(WSMsgType.BINARY, message)
+            self._transport.send(BINARY, message)
         else:
             self._transport.send(WSMsgType.TEXT, message.encode())
 
