@@ -2,7 +2,7 @@
 
 probabilities -> `per_sequence` or `union` -> JSON
 
-.venv/bin/python -m pytest tests/service/test_answers.py
+.venv/bin/python -m pytest tests/service/test_predict.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 PredictRequest -> `to_batch` -> Batch -> `service.prediction`
 
-.venv/bin/python -m pytest tests/service/test_batch.py
+.venv/bin/python -m pytest tests/service/test_malformed_requests.py
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Batch -> `predict` -> probabilities -> `service.answers`
 
-.venv/bin/python -m pytest tests/service/test_prediction.py
+.venv/bin/python -m pytest tests/service/test_predict.py
 """
 
 from __future__ import annotations

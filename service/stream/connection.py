@@ -2,7 +2,7 @@
 
 Wire -> Connection.receive -> Conversation; Conversation -> Connection.send -> Wire
 
-.venv/bin/python -m pytest tests/service/stream/test_connection.py
+.venv/bin/python -m pytest tests/service/stream/test_conversation.py
 """
 
 from __future__ import annotations

@@ -6,42 +6,34 @@ Messages only note what is due. One tick, at the end of the event loop's round i
 of it off: finished tokens become history, then one model call forecasts for every sequence that waits,
 whichever connection it belongs to. A sequence waits for one forecast at most, the newest.
 
-.venv/bin/python -m pytest tests/service/stream/test_hub.py
+.venv/bin/python -m pytest tests/service/stream/test_conversation.py
 """
 
 from __future__ import annotations
 
 import asyncio
-import itertools
-import random
 import time
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from jaxtyping import Float32, Int64, Integer
 
-from service.errors import ContextTooLong, SequencesExhausted
+from service.errors import SequencesExhausted
 from service.loading import Running
 from service.settings import Settings
+from service.stream.awake import Awake
+from service.stream.history import History
+from service.stream.scoring import Scoring
 from speculation.live import LiveScores
 from speculation.slots import Slots
 from speculation.steps import Steps
 
-# Rows of history that are worked off in a tick: some 100 µs for one sequence, 300 µs for so many.
-HISTORY_ROWS = 32
-# Tokens of all sequences that may wait to become history: some 40 MB for gpt-oss-20b.
-MAX_WAITING_TOKENS = 1 << 16
 # Rows that are forecast in a tick, before the loop may look at its sockets again: some 4 ms.
 TICK_ROWS = 256
-# Tokens whose forecasts are kept for scoring at the same time: 24 forecasts of 3 kB each, for gpt-oss-20b.
-SCORED_TOKENS = 64
 # How much a new measurement counts in the running average of a forecast's time.
 FRESH = 0.1
-
-Token = tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]
 
 
 class Client(Protocol):
@@ -87,16 +79,13 @@ class Hub:
         self._owner: list[Client | None] = [None] * capacity
         self._waits: list[Due | None] = [None] * capacity
         self._dues: deque[Due] = deque()
-        self._finished: dict[int, None] = {}
-        self._backlog: dict[int, deque[Token]] = {}
+        self._history = History(self.slots, settings)
+        self._scoring = Scoring(self.scores, settings.stream_score_share)
         self._used_at = np.zeros(capacity)
-        self._scored: dict[int, list[tuple[int, np.ndarray[Any, Any]]]] = {}
-        self._to_score: deque[tuple[list[tuple[int, np.ndarray[Any, Any]]], np.ndarray[Any, Any]]] = deque()
         self._loop = asyncio.get_running_loop()
         self._tick_comes = False
         self._forecast_s = 0.0
-        self._spin_s = settings.stream_spin_us / 1e6
-        self._awake, self._awake_until = False, 0.0
+        self._awake = Awake(self._loop, settings.stream_spin_us / 1e6)
 
     def check_room(self, count: int) -> None:
         """Raises SequencesExhausted where so many more sequences do not fit."""
@@ -118,9 +107,8 @@ class Hub:
     def close(self, row: int) -> None:
         """Forget a sequence and whatever waits for it."""
         self._overtake(row)
-        self._finished.pop(row, None)
-        self._backlog.pop(row, None)
-        self._scored.pop(row, None)
+        self._history.forget(row)
+        self._scoring.forget(row)
         self._owner[row] = None
         self.slots.close(row)
 
@@ -132,44 +120,17 @@ class Hub:
         gates: Float32[np.ndarray, "T L K"] | None,
     ) -> None:
         """Finished tokens of a sequence, worked off tick by tick. Raises ContextTooLong."""
-        waiting = self._backlog.get(row)
-        length = len(token_ids) + (len(waiting) if waiting else 0)
-        if length > self._settings.max_context_tokens:
-            raise ContextTooLong(
-                f"{length} context tokens of a sequence wait to be taken in, "
-                f"at most {self._settings.max_context_tokens} are allowed.",
-                remedy="Send the last tokens only: what is far back says little.",
-            )
-        self._check_waiting(len(token_ids))
-        self._settle([row])
-        if gates is None:
-            gates = np.ones(experts.shape, np.float32)
-        tokens = self._backlog.setdefault(row, deque())
-        tokens.extend(zip(token_ids.tolist(), experts, gates, strict=True))
+        self._history.add(row, token_ids, experts, gates)
         self.use(row)
         self._schedule()
 
-    def _check_waiting(self, count: int) -> None:
-        waiting = sum(map(len, self._backlog.values()))
-        if waiting + count > MAX_WAITING_TOKENS:
-            raise ContextTooLong(
-                f"{waiting} context tokens of all sequences wait to be taken in, "
-                f"at most {MAX_WAITING_TOKENS} are allowed.",
-                remedy="Send the contexts of fewer sequences at a time, or shorter ones.",
-            )
-
     def start(self, rows: list[int], token_ids: Int64[np.ndarray, "n"]) -> None:
         """Begin a token of each row."""
-        self._settle(rows)
+        self._history.settle(rows)
         self.slots.start(np.array(rows), token_ids)
         for row in rows:
             self._overtake(row)
-            self._scored.pop(row, None)
-            if (
-                len(self._scored) + len(self._to_score) < SCORED_TOKENS
-                and random.random() < self._settings.stream_score_share  # noqa: S311  # a sample, no secret
-            ):
-                self._scored[row] = []
+            self._scoring.begin(row)
         self.use(rows)
 
     def tell(
@@ -188,14 +149,15 @@ class Hub:
             return
         for row in rows:
             self._overtake(row)
-            self._finish(row)
+            self._scoring.finish(row, self.slots.routing(row))
+            self._history.finish(row)
         self._schedule()
 
     def end(self, rows: list[int]) -> None:
         """Forget the token in progress of each row."""
         for row in rows:
             self._overtake(row)
-            self._scored.pop(row, None)
+            self._scoring.forget(row)
         self.use(rows)
 
     def ask(self, client: Client, tag: int, seen: int, rows: list[int]) -> None:
@@ -256,41 +218,11 @@ class Hub:
         client.dropped += count
         self.running.metrics.dropped_forecasts.inc(count)
 
-    def _finish(self, row: int) -> None:
-        forecasts = self._scored.pop(row, None)
-        if forecasts:
-            self._to_score.append((forecasts, self.slots.routing(row).copy()))
-        if row in self._backlog:
-            self._backlog[row].append(self.slots.finished(row))
-        else:
-            self._finished[row] = None
-
-    def _settle(self, rows: Sequence[int]) -> None:
-        """What is finished of these rows must be history before their next token overwrites it."""
-        if any(row in self._finished for row in rows):
-            self._advance_finished()
-
     def _schedule(self) -> None:
         if not self._tick_comes:
             self._tick_comes = True
             self._loop.call_soon(self._tick)
-            if self._spin_s:
-                self._stay_awake()
-
-    def _stay_awake(self) -> None:
-        """Have the loop look at its sockets again and again for a while, instead of sleeping.
-
-        On a virtual machine, a core that slept took 50 µs longer for the next model call, and for the rest.
-        """
-        self._awake_until = time.perf_counter() + self._spin_s
-        if not self._awake:
-            self._awake = True
-            self._loop.call_soon(self._spin)
-
-    def _spin(self) -> None:
-        self._awake = time.perf_counter() < self._awake_until
-        if self._awake:
-            self._loop.call_soon(self._spin)
+            self._awake.stay()
 
     def _tick(self) -> None:
         self._tick_comes = False
@@ -301,34 +233,15 @@ class Hub:
                 client.fail(error)
 
     def _work_off(self) -> None:
-        self._advance_finished()
-        self._work_off_history()
+        self._history.take_finished()
+        self._history.take_some_told()
         dues = self._ready()
         if dues:
             self._forecast(dues)
-        if self._to_score:  # one a tick: it takes as long as a forecast
-            self.scores.add(*self._to_score.popleft())
-        if self._backlog or self._to_score or any(not due.client.congested for due in self._dues):
+        self._scoring.score_one()
+        more_can_be_done = any(not due.client.congested for due in self._dues)
+        if self._history.waits or self._scoring.waits or more_can_be_done:
             self._schedule()
-
-    def _advance_finished(self) -> None:
-        rows = list(self._finished)
-        self._finished.clear()
-        for first in range(0, len(rows), self._settings.stream_batch_rows):
-            self.slots.advance(np.array(rows[first : first + self._settings.stream_batch_rows]))
-
-    def _work_off_history(self) -> None:
-        """One token of as many sequences as a tick may, oldest first."""
-        rows = list(itertools.islice(self._backlog, HISTORY_ROWS))
-        if not rows:
-            return
-        tokens = [self._backlog[row].popleft() for row in rows]
-        token_ids, experts, gates = zip(*tokens, strict=True)
-        self.slots.advance_with(np.array(rows), np.array(token_ids), np.stack(experts), np.stack(gates))
-        for row in rows:
-            waiting = self._backlog.pop(row)
-            if waiting:  # behind the others, so that everyone has a turn
-                self._backlog[row] = waiting
 
     def _ready(self) -> list[Due]:
         """Dues that can be forecast now; those that must wait for their client or for history stay."""
@@ -347,7 +260,7 @@ class Hub:
                     self._overtake(row)
                 # An estimate that drops everything would never be measured again.
                 self._forecast_s *= 1.0 - FRESH
-            elif due.client.congested or (self._backlog and any(row in self._backlog for row in due.rows)):
+            elif due.client.congested or self._history.delays(due.rows):
                 later.append(due)
             else:
                 ready.append(due)
@@ -368,8 +281,7 @@ class Hub:
         for due in dues:
             of_due = probabilities[first : first + len(due.rows)]
             first += len(due.rows)
-            if self._scored:
-                self._keep_for_scoring(due, of_due)
+            self._scoring.keep(due.rows, due.seen, of_due)
             due.client.deliver(due, of_due)
 
     def _probabilities(self, rows: Int64[np.ndarray, "n"]) -> Float32[np.ndarray, "n L E"]:
@@ -379,13 +291,6 @@ class Hub:
         return np.concatenate(
             [self.slots.forecast(rows[first : first + most]) for first in range(0, len(rows), most)]
         )
-
-    def _keep_for_scoring(self, due: Due, probabilities: Float32[np.ndarray, "n L E"]) -> None:
-        for row, of_row in zip(due.rows, probabilities, strict=True):
-            kept = self._scored.get(row)
-            # `ask` may repeat a forecast: each distance counts once a token.
-            if kept is not None and (not kept or kept[-1][0] < due.seen):
-                kept.append((due.seen, of_row.copy()))
 
 
 def _coverage_sizes(running: Running) -> dict[float, Int64[np.ndarray, "L L"]]:
