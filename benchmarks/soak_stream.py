@@ -232,6 +232,8 @@ def page(tally: Tally, memory: list[int], seconds: float) -> str:
         f"{tally.unions} unions came",
         f"{tally.due} forecasts were due, {tally.dropped} of them dropped; none was missing "
         f"whenever it was counted, {tally.accounts} times",
+        f"{tally.too_late} counts given up: a client with a deadline got no forecast within 5 s, which is "
+        "no violation here, since what it never got tells how many were dropped",
         f"memory {megabytes[0]} MB at first, {max(megabytes)} MB at most, {megabytes[-1]} MB at last; "
         f"last third to second third {growth_ratio(memory):.3f}",
         f"{len(tally.violations)} violations",

@@ -42,7 +42,8 @@ class Metrics:
         )
         self.model_seconds = Histogram(
             "specmoe_model_seconds",
-            "Time in the model for one request: replaying its context and predicting.",
+            "Time in the model at once: a request with its context, requests that came together, or a "
+            "tick of the streams.",
             version,
             buckets=SECONDS_BUCKETS,
             registry=self.registry,
