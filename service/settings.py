@@ -116,13 +116,13 @@ class Settings(BaseSettings):
         description="Sequences that one model call of the streams forecasts; 1: no batches.",
     )
     stream_spin_us: int = Field(
-        0,
+        1000,
         ge=0,
         le=1_000_000,
         description="Microseconds to look for a stream's next message without sleeping; takes a core.",
     )
     stream_score_share: float = Field(
-        0.25, ge=0.0, le=1.0, description="Share of the streams' tokens whose forecasts are scored."
+        0.1, ge=0.0, le=1.0, description="Share of the streams' tokens whose forecasts are scored."
     )
     shutdown_seconds: int = Field(
         10, ge=0, le=600, description="Time for requests in flight and streams to finish after SIGTERM."

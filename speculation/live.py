@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer
 
+from speculation.ranking import rank
 from traces.spec import RoutingSpec
 
 Rows: TypeAlias = Int64[np.ndarray, "R"]
@@ -32,6 +33,7 @@ class LiveScores:
     def __init__(self, spec: RoutingSpec, sizes: Mapping[float, Int64[np.ndarray, "L L"]]) -> None:
         rows = spec.num_layers
         self._spec, self._sizes = spec, dict(sizes)
+        self._numbers = np.arange(rows)
         self.tokens = 0
         self.forecasts = 0
         self._counts = np.zeros((rows, 4), np.int64)
@@ -47,17 +49,17 @@ class LiveScores:
     ) -> None:
         """The forecasts of one token, each with the layers seen, and what all its layers were routed to."""
         spec = self._spec
-        truth = np.zeros((spec.num_layers, spec.num_experts), bool)
-        np.put_along_axis(truth, routing.astype(np.int64), True, axis=1)
-        seen = np.concatenate([np.full(spec.num_layers - first, first) for first, _ in forecasts])
-        layer = np.concatenate([np.arange(first, spec.num_layers) for first, _ in forecasts])
+        truth = np.zeros(spec.num_layers * spec.num_experts, bool)
+        truth[(self._numbers[:, None] * spec.num_experts + routing).ravel()] = True
+        layer = np.concatenate([self._numbers[first:] for first, _ in forecasts])
+        firsts = np.array([first for first, _ in forecasts])
+        seen = np.repeat(firsts, spec.num_layers - firsts)
         p = np.concatenate([probabilities[first:] for first, probabilities in forecasts])  # R E
-        order = np.argsort(-p, axis=-1, kind="stable")
-        found = np.take_along_axis(truth[layer], order, axis=-1)  # best first
+        experts, ranked = rank(p, spec.num_experts)
+        found = truth[layer[:, None] * spec.num_experts + experts]  # best first
         distance = np.where(seen, layer - seen + 1, 0)
         self._count_found(distance, seen, layer, found)
-        listed = order[:, : 2 * spec.top_k]
-        self._count_calibration(distance, np.take_along_axis(p, listed, axis=-1), found)
+        self._count_calibration(distance, ranked[:, : 2 * spec.top_k], found)
         self.tokens += 1
         self.forecasts += len(forecasts)
 

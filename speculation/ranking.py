@@ -5,18 +5,17 @@ experts, probabilities = rank(speculator.predict(...), n=8)
 
 from __future__ import annotations
 
+import functools
+import sys
+
 import numpy as np
 from jaxtyping import Float, Float32, Int32
 
 from speculation.errors import InputInvalid
-from traces.spec import MAX_EXPERTS
 
-# An expert's id fits into so many bits of a sorting key.
-ID_BITS = (MAX_EXPERTS - 1).bit_length()
-ID_MASK = (1 << ID_BITS) - 1
-_IDS = np.arange(MAX_EXPERTS)
 # Below this share of the experts, selecting before sorting is faster than sorting all.
 SELECT_BELOW = 1 / 8
+ZERO = np.float32(0)
 
 
 def rank(
@@ -24,8 +23,9 @@ def rank(
 ) -> tuple[Int32[np.ndarray, "... n"], Float32[np.ndarray, "... n"]]:
     """The n likeliest experts of each row, best first, and their probabilities. Ties: the lower id first.
 
-    Sorts one integer an expert instead of an index: the bits of a float from 0 are ordered as the float is,
-    and the id below them breaks ties. Two to ten times faster than a stable argsort of [B, L, E].
+    Sorts one integer of 64 bits an expert instead of an index: above, the bits of the float, which from 0 on
+    are ordered as the float is; below, the id counted from the end, so that it breaks ties. Both are views of
+    the same memory. Two to ten times faster than a stable argsort of [B, L, E].
     Raises InputInvalid where n is not 1 .. E.
     """
     num_experts = probabilities.shape[-1]
@@ -34,18 +34,28 @@ def rank(
             f"{n} experts of a layer were asked for, expected 1 to {num_experts}.",
             remedy="Ask for as many as can be fetched in time; twice the routed ones is a good start.",
         )
-    # Adding 0 makes -0.0, whose bits are those of a large number, 0.
-    bits = (np.asarray(probabilities, np.float32) + np.float32(0.0)).view(np.int32)
-    keys = bits.astype(np.int64)
-    keys <<= ID_BITS
-    np.subtract(_IDS[:num_experts], keys, out=keys)
+    halves = np.empty((*probabilities.shape, 2), np.int32)
+    halves[..., LOW] = _from_the_end(num_experts)
+    # Adding 0 makes -0.0, whose bits are those of a negative number, 0.
+    np.add(probabilities, ZERO, out=halves.view(np.float32)[..., HIGH], casting="same_kind")
+    keys = halves.view(np.int64)[..., 0]
     if n < num_experts * SELECT_BELOW:
-        keys = np.partition(keys, n - 1, axis=-1)[..., :n]
+        keys = np.partition(keys, num_experts - n, axis=-1)[..., num_experts - n :]
+        halves = keys.copy()[..., None].view(np.int32)
+        keys = halves.view(np.int64)[..., 0]
     keys.sort(axis=-1)
-    keys = keys[..., :n]
-    experts = keys & ID_MASK
-    ranked = (experts - keys) >> ID_BITS
-    return experts.astype(np.int32), ranked.astype(np.int32).view(np.float32)
+    best = halves[..., : -n - 1 : -1, :]
+    return np.int32(num_experts - 1) - best[..., LOW], best[..., HIGH].view(np.float32)
+
+
+# Where a key of 64 bits has its halves.
+LOW, HIGH = (0, 1) if sys.byteorder == "little" else (1, 0)
+
+
+@functools.cache
+def _from_the_end(num_experts: int) -> Int32[np.ndarray, "E"]:
+    """How many ids come after each."""
+    return np.arange(num_experts - 1, -1, -1, dtype=np.int32)
 
 
 def expected_recall(ranked: Float[np.ndarray, "... n"], top_k: int) -> Float[np.ndarray, "..."]:

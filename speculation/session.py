@@ -45,6 +45,10 @@ class Tensor:
     dtype: str
     shape: tuple[int | None, ...]
 
+    def of_one(self) -> tuple[int, ...]:
+        """Its shape for a batch of one; a free axis has one entry, too."""
+        return (1, *(size or 1 for size in self.shape))
+
     def __str__(self) -> str:
         axes = ["B", *("M" if size is None else str(size) for size in self.shape)]
         return f"{self.dtype} [{', '.join(axes)}]"
@@ -104,7 +108,8 @@ class Signature:
 class Graph:
     """A session that does what the contract says: arrays in, arrays out, in the order of `Signature`.
 
-    reads: which of the state's tensors it takes, by their place. Raises GraphRefused, naming the tensor.
+    reads: which of the state's tensors it takes, by their place. outputs: of its signature.
+    Raises GraphRefused, naming the tensor.
     """
 
     def __init__(self, session: onnxruntime.InferenceSession, origin: str, signature: Signature) -> None:
@@ -113,7 +118,8 @@ class Graph:
         inputs = [*(signature.state[place] for place in self.reads), *signature.inputs]
         _check_arguments(origin, "input", session.get_inputs(), inputs)
         _check_arguments(origin, "output", session.get_outputs(), signature.outputs)
-        self._session, self._origin = session, origin
+        self._session, self._core, self._origin = session, _core(session), origin
+        self.outputs = signature.outputs
         self._inputs = [tensor.name for tensor in inputs]
         self._outputs = [tensor.name for tensor in signature.outputs]
         # Made once: a call with its own costs 2 µs more.
@@ -123,13 +129,66 @@ class Graph:
         """Outputs from inputs: the state's tensors that it reads, then all others. Raises GraphFailed."""
         feed = dict(zip(self._inputs, arrays, strict=True))
         try:
-            outputs: list[np.ndarray[Any, Any]] = self._session.run(self._outputs, feed, self._options)
+            outputs: list[np.ndarray[Any, Any]] = self._core.run(self._outputs, feed, self._options)
         except InvalidArgument as error:  # on a GPU, an index beyond a table is passed over
-            raise GraphFailed(
-                f"{self._origin} stopped at what it was given: {error}",
-                remedy="Give it a state as advance returned it, or as initial_state() makes it.",
-            ) from error
+            raise _failed(self._origin, error) from error
         return outputs
+
+    def bind(self, inputs: Sequence[np.ndarray[Any, Any]], outputs: Sequence[np.ndarray[Any, Any]]) -> Bound:
+        """The same with arrays that it will always read and write, in the order of a call's."""
+        return Bound(
+            self._session,
+            self._origin,
+            dict(zip(self._inputs, inputs, strict=True)),
+            dict(zip(self._outputs, outputs, strict=True)),
+        )
+
+
+class Bound:
+    """A graph and arrays by name that keep their place. An input must be no output: it is read to the end."""
+
+    def __init__(
+        self,
+        session: onnxruntime.InferenceSession,
+        origin: str,
+        inputs: dict[str, np.ndarray[Any, Any]],
+        outputs: dict[str, np.ndarray[Any, Any]],
+    ) -> None:
+        self._core, self._origin = _core(session), origin
+        self._options = onnxruntime.RunOptions()
+        binding = session.io_binding()
+        for name, array in inputs.items():
+            binding.bind_ortvalue_input(name, _in_place(array))
+        for name, array in outputs.items():
+            binding.bind_ortvalue_output(name, _in_place(array))
+        self._binding = binding._iobinding
+
+    def run(self) -> None:
+        """Outputs from inputs. Raises GraphFailed."""
+        try:
+            self._core.run_with_iobinding(self._binding, self._options)
+        except InvalidArgument as error:
+            raise _failed(self._origin, error) from error
+
+
+def _core(session: onnxruntime.InferenceSession) -> Any:
+    """The session without its Python shell, which checks names and devices anew at every call.
+
+    They were checked when the graph was loaded. That saves 4 µs a call, and 31 µs where arrays are bound.
+    """
+    return session._sess
+
+
+def _in_place(array: np.ndarray[Any, Any]) -> onnxruntime.OrtValue:
+    """The array itself, not a copy."""
+    return onnxruntime.OrtValue.ortvalue_from_numpy(array)
+
+
+def _failed(origin: str, error: Exception) -> GraphFailed:
+    return GraphFailed(
+        f"{origin} stopped at what it was given: {error}",
+        remedy="Give it a state as advance returned it, or as initial_state() makes it.",
+    )
 
 
 def _check_arguments(

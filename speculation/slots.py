@@ -20,11 +20,14 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64, Integer
 
 from speculation.errors import InputInvalid
+from speculation.single import NO_LAYER, Single
 from speculation.steps import Steps
 from traces.spec import RoutingSpec
 
 Array = np.ndarray[Any, Any]
 Rows: TypeAlias = Int64[np.ndarray, "n"]
+# No row.
+NOBODY = -1
 # layers, experts and gates, as `Steps.step` takes them
 Told: TypeAlias = tuple[Int32[np.ndarray, "n M"], Int32[np.ndarray, "n M K"], Float32[np.ndarray, "n M K"]]
 
@@ -48,6 +51,9 @@ class Slots:
         self._token_ids = np.zeros(capacity, np.int64)
         self._experts = np.zeros(routed, np.uint8 if spec.num_experts <= 256 else np.int16)
         self._gates = np.zeros(routed, np.float32)
+        # A row that is worked on alone is copied there and back, once until another one is.
+        self._single = steps.single()
+        self._alone = NOBODY
         self._begun = np.zeros(capacity, bool)
         # Layers that are in `_progress` already; those from there to `seen` are told, but not worked in yet.
         self._worked_in = np.zeros(capacity, np.int32)
@@ -75,6 +81,7 @@ class Slots:
         row = self._free.pop()
         for array in self._state:
             array[row] = 0
+        self._alone = NOBODY
         return row
 
     def close(self, row: int) -> None:
@@ -83,12 +90,11 @@ class Slots:
 
     def start(self, rows: Rows, token_ids: Int64[np.ndarray, "n"]) -> None:
         """Begin a token of each of these sequences. token_ids: -1 where unknown."""
-        self._token_ids[rows] = token_ids
-        for array in self._progress:
-            array[rows] = 0
-        self._begun[rows] = False
-        self._worked_in[rows] = 0
-        self.seen[rows] = 0
+        at = slice(rows[0], rows[0] + 1) if len(rows) == 1 else rows
+        self._token_ids[at] = token_ids
+        self._begun[at] = False
+        self._worked_in[at] = 0
+        self.seen[at] = 0
 
     def tell(
         self,
@@ -111,10 +117,15 @@ class Slots:
 
     def forecast(self, rows: Rows) -> Float32[np.ndarray, "n L E"]:
         """Probabilities of every layer; those of layers that were told mean nothing."""
+        if self._single and len(rows) == 1:
+            row = int(rows[0])
+            if self.seen[row] - self._worked_in[row] <= 1:
+                return self._forecast_alone(self._single, row)
+        self._alone = NOBODY
         begun = self._begun[rows]
         if not begun.all():
             self._begin(rows[~begun])
-        layers, experts, gates = self._told_of_one(int(rows[0])) if len(rows) == 1 else self._told(rows)
+        layers, experts, gates = self._told(rows)
         progress, probabilities = self.steps.step(
             _taken(self._step_state, rows),
             _taken(self._token, rows),
@@ -143,6 +154,12 @@ class Slots:
         gates: Float32[np.ndarray, "n L K"],
     ) -> None:
         """Make a finished token history that is not the current one."""
+        if self._single and len(rows) == 1:
+            row = int(rows[0])
+            self._take(self._single, row).advance(int(token_ids[0]), experts[0], gates[0])
+            _put_one(self._state, row, self._single.state)
+            return
+        self._alone = NOBODY
         after = self.steps.advance(_taken(self._state, rows), token_ids, experts.astype(np.int32), gates)
         _put(self._state, rows, after)
 
@@ -151,19 +168,41 @@ class Slots:
         told: Integer[np.ndarray, "L K"] = self._experts[row]
         return told
 
+    def _forecast_alone(self, single: Single, row: int) -> Float32[np.ndarray, "1 L E"]:
+        """As `forecast`, of one sequence that was told one layer, or none, since the last one."""
+        self._take(single, row)
+        if not self._begun[row]:
+            single.begin(int(self._token_ids[row]))
+            _put_one(self._token, row, single.token)
+            self._begun[row] = True
+        layer = self._worked_in[row]
+        if layer == self.seen[row]:
+            probabilities = single.step(NO_LAYER, NO_LAYER, 1.0)
+        else:
+            probabilities = single.step(layer, self._experts[row, layer], self._gates[row, layer])
+        _put_one(self._progress, row, single.progress)
+        self._worked_in[row] = self.seen[row]
+        return probabilities.copy()
+
+    def _take(self, single: Single, row: int) -> Single:
+        """This row's sequence, where calls cost least."""
+        if row != self._alone:
+            self._alone = row
+            for copies, arrays in (
+                (single.state, self._state),
+                (single.token, self._token),
+                (single.progress, self._progress),
+            ):
+                for copy, array in zip(copies, arrays, strict=True):
+                    copy[0] = array[row]
+        return single
+
     def _begin(self, rows: Rows) -> None:
         token = self.steps.begin(_taken(self._begin_state, rows), self._token_ids[rows])
         _put(self._token, rows, token)
+        for array in self._progress:
+            array[rows] = 0
         self._begun[rows] = True
-
-    def _told_of_one(self, row: int) -> Told:
-        """As `_told`, of a single sequence: views of what is there, four times as fast."""
-        first, end = int(self._worked_in[row]), int(self.seen[row])
-        if first == end:
-            return self._nothing_told
-        told = slice(first, end)
-        experts = self._experts[row : row + 1, told].astype(np.int32)
-        return self._layer_numbers[None, told], experts, self._gates[row : row + 1, told]
 
     def _told(self, rows: Rows) -> Told:
         """The layers told since the last forecast, padded to the longest, with at least one column."""
@@ -189,6 +228,11 @@ def _taken(arrays: Sequence[Array], rows: Rows) -> tuple[Array, ...]:
         row = rows[0]
         return tuple(array[row : row + 1] for array in arrays)
     return tuple(array.take(rows, axis=0) for array in arrays)
+
+
+def _put_one(arrays: Sequence[Array], row: int, values: Sequence[Array]) -> None:
+    for array, value in zip(arrays, values, strict=True):
+        array[row] = value[0]
 
 
 def _put(arrays: Sequence[Array], rows: Rows, values: Sequence[Array]) -> None:

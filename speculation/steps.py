@@ -22,6 +22,7 @@ import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
 from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, StateTensor
+from speculation.single import Single
 from traces.spec import RoutingSpec
 
 if TYPE_CHECKING:
@@ -87,6 +88,19 @@ class Steps:
         """
         return self._way.step(state, token, progress, layers, experts, gates)
 
+    def single(self) -> Single | None:
+        """One sequence, of which nothing has happened yet. None where the version cannot go step by step."""
+        if not isinstance(self._way, _InSteps):
+            return None
+        routed = (1, self.spec.num_layers, self.spec.top_k)
+        state, token, progress = (
+            [np.zeros((1, *t.shape), t.dtype) for t in tensors]
+            for tensors in (self.state, self.token, self.progress)
+        )
+        finished = np.zeros(routed, np.int32), np.zeros(routed, np.float32)
+        way = self._way
+        return Single(self._advance, way.begin_graph, way.step_graph, (state, token, progress), finished)
+
 
 def step_through(
     steps: Steps,
@@ -136,11 +150,11 @@ class _InSteps:
     def __init__(self, speculator: Speculator) -> None:
         manifest = speculator.manifest
         self.token, self.progress = manifest.token, manifest.progress
-        self._begin, self._step = speculator.graphs[BEGIN], speculator.graphs[STEP]
-        self.begin_reads, self.step_reads = self._begin.reads, self._step.reads
+        self.begin_graph, self.step_graph = speculator.graphs[BEGIN], speculator.graphs[STEP]
+        self.begin_reads, self.step_reads = self.begin_graph.reads, self.step_graph.reads
 
     def begin(self, state: Sequence[Array], token_ids: Array) -> tuple[Array, ...]:
-        return tuple(self._begin(*state, token_ids))
+        return tuple(self.begin_graph(*state, token_ids))
 
     def step(
         self,
@@ -151,7 +165,7 @@ class _InSteps:
         experts: Array,
         gates: Array,
     ) -> tuple[tuple[Array, ...], Array]:
-        *after, probabilities = self._step(*state, *token, *progress, layers, experts, gates)
+        *after, probabilities = self.step_graph(*state, *token, *progress, layers, experts, gates)
         return tuple(after), probabilities
 
 

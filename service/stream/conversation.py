@@ -9,7 +9,6 @@ A message is checked whole before anything of it is done, so that a refused one 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -112,9 +111,6 @@ class Conversation:
             self._speaker.send(
                 encoding.forecast(ranking) if kind is Kind.FORECAST else encoding.union(ranking)
             )
-        metrics = self.hub.running.metrics
-        metrics.forecasts.inc(len(names))
-        metrics.stream_seconds.observe(time.perf_counter() - due.asked_at)
 
     def expire(self, rows: list[int]) -> None:
         """Forget sequences that were not used for too long, and say so."""

@@ -81,18 +81,21 @@ class History:
         if any(row in self._finished for row in rows):
             self.take_finished()
 
-    def take_finished(self) -> None:
-        """All finished tokens become history."""
+    def take_finished(self) -> bool:
+        """All finished tokens become history. Whether there were any."""
+        if not self._finished:
+            return False
         rows = list(self._finished)
         self._finished.clear()
         for first in range(0, len(rows), self._batch_rows):
             self._slots.advance(np.array(rows[first : first + self._batch_rows]))
+        return True
 
     def take_some_told(self) -> None:
         """One token of as many sequences as may be, those first that had no turn for longest."""
-        rows = list(itertools.islice(self._told, ROWS))
-        if not rows:
+        if not self._told:
             return
+        rows = list(itertools.islice(self._told, ROWS))
         token_ids, experts, gates = zip(*(self._told[row].popleft() for row in rows), strict=True)
         self._slots.advance_with(np.array(rows), np.array(token_ids), np.stack(experts), np.stack(gates))
         for row in rows:

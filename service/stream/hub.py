@@ -4,7 +4,8 @@ Connection -> Hub: open, start, tell, ... -> tick -> Connection.deliver
 
 Messages only note what is due. One tick, at the end of the event loop's round in which they came, works all
 of it off: finished tokens become history, then one model call forecasts for every sequence that waits,
-whichever connection it belongs to. A sequence waits for one forecast at most, the newest.
+whichever connection it belongs to. A sequence waits for one forecast at most, the newest. What clients need
+not wait for, metrics and scores, comes in a tick of its own, when forecasts are on their way.
 
 .venv/bin/python -m pytest tests/service/stream/test_conversation.py
 """
@@ -53,6 +54,16 @@ class Client(Protocol):
 
 
 @dataclass(eq=False, slots=True)
+class Made:
+    """Forecasts on their way, of which note is to be taken. Times as of `time.perf_counter`."""
+
+    dues: list[Due]
+    probabilities: Float32[np.ndarray, "n L E"]
+    model_s: float
+    sent_at: float
+
+
+@dataclass(eq=False, slots=True)
 class Due:
     """A forecast that a message asked for: of rows that have all seen the same layers.
 
@@ -84,6 +95,7 @@ class Hub:
         self._used_at = np.zeros(capacity)
         self._loop = asyncio.get_running_loop()
         self._tick_comes = False
+        self._made: list[Made] = []
         self._forecast_s = 0.0
         self._awake = Awake(self._loop, settings.stream_spin_us / 1e6)
 
@@ -107,6 +119,7 @@ class Hub:
     def close(self, row: int) -> None:
         """Forget a sequence and whatever waits for it."""
         self._overtake(row)
+        self._take_note()
         self._history.forget(row)
         self._scoring.forget(row)
         self._owner[row] = None
@@ -126,6 +139,7 @@ class Hub:
 
     def start(self, rows: list[int], token_ids: Int64[np.ndarray, "n"]) -> None:
         """Begin a token of each row."""
+        self._take_note()
         self._history.settle(rows)
         self.slots.start(np.array(rows), token_ids)
         for row in rows:
@@ -147,6 +161,7 @@ class Hub:
         if end < self._spec.num_layers:
             self._bring_up_to_date(rows, end)
             return
+        self._take_note()
         for row in rows:
             self._overtake(row)
             self._scoring.finish(row, self.slots.routing(row))
@@ -155,6 +170,7 @@ class Hub:
 
     def end(self, rows: list[int]) -> None:
         """Forget the token in progress of each row."""
+        self._take_note()
         for row in rows:
             self._overtake(row)
             self._scoring.forget(row)
@@ -233,14 +249,16 @@ class Hub:
                 client.fail(error)
 
     def _work_off(self) -> None:
-        self._history.take_finished()
+        self._take_note()
+        finished = self._history.take_finished()
         self._history.take_some_told()
         dues = self._ready()
         if dues:
             self._forecast(dues)
-        self._scoring.score_one()
+        elif not finished:  # the next token's start may have come meanwhile, which should not wait for this
+            self._scoring.score_one()
         more_can_be_done = any(not due.client.congested for due in self._dues)
-        if self._history.waits or self._scoring.waits or more_can_be_done:
+        if dues or self._history.waits or self._scoring.waits or more_can_be_done:
             self._schedule()
 
     def _ready(self) -> list[Due]:
@@ -275,14 +293,25 @@ class Hub:
         began = time.perf_counter()
         probabilities = self._probabilities(np.array(rows))
         ended = time.perf_counter()
-        self._forecast_s += FRESH * (ended - began - self._forecast_s)
-        self.running.metrics.model_seconds.observe(ended - began)
         first = 0
         for due in dues:
-            of_due = probabilities[first : first + len(due.rows)]
+            due.client.deliver(due, probabilities[first : first + len(due.rows)])
             first += len(due.rows)
-            self._scoring.keep(due.rows, due.seen, of_due)
-            due.client.deliver(due, of_due)
+        self._made.append(Made(dues, probabilities, ended - began, time.perf_counter()))
+
+    def _take_note(self) -> None:
+        """Of the forecasts that were made: how long they took, and what they said, to be scored."""
+        metrics = self.running.metrics
+        for made in self._made:
+            self._forecast_s += FRESH * (made.model_s - self._forecast_s)
+            metrics.model_seconds.observe(made.model_s)
+            metrics.forecasts.inc(len(made.probabilities))
+            first = 0
+            for due in made.dues:
+                metrics.stream_seconds.observe(made.sent_at - due.asked_at)
+                self._scoring.keep(due.rows, due.seen, made.probabilities[first : first + len(due.rows)])
+                first += len(due.rows)
+        self._made.clear()
 
     def _probabilities(self, rows: Int64[np.ndarray, "n"]) -> Float32[np.ndarray, "n L E"]:
         most = self._settings.stream_batch_rows

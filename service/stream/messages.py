@@ -2,6 +2,8 @@
 
 binary.py, text.py -> messages -> connection.py
 
+Those that come and go with every layer are not frozen: making one would take twice as long.
+
 .venv/bin/python -m pytest tests/service/stream
 """
 
@@ -64,7 +66,7 @@ class Hello:
     deadline_us: int = 0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Named:
     """open, end, ask or close: nothing but sequences."""
 
@@ -84,7 +86,7 @@ class Context:
     gates: Float32[np.ndarray, "T L K"] | None
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Start:
     """A token of each of these sequences begins. token_ids: -1 where unknown."""
 
@@ -93,7 +95,7 @@ class Start:
     token_ids: Int64[np.ndarray, "n"]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Routing:
     """What the next m layers were routed to."""
 
@@ -125,7 +127,7 @@ class Welcome:
     idle_seconds: int
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Ranking:
     """Ranked experts of m layers from first_layer on, for n sequences, or for all of them together.
 

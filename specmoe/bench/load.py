@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from specmoe.bench.orders import Worker, carry_out, worker
+from specmoe.bench.polling import awaited
 from specmoe.bench.processes import Address, connect
 from specmoe.errors import BadAnswer
 
@@ -94,7 +95,7 @@ def _one_round(opened: list[socket.socket], request: bytes, seconds: float) -> t
             connection.sendall(request)
         under_way = len(opened)
         while under_way:
-            for key, _ in selector.select(ANSWER_SECONDS) or _late():
+            for key in awaited(selector):
                 connection = opened[key.data]
                 read_answer(connection)
                 now = clock()
@@ -105,10 +106,6 @@ def _one_round(opened: list[socket.socket], request: bytes, seconds: float) -> t
                 else:
                     under_way -= 1
         return times_us, clock() - began
-
-
-def _late() -> list[Any]:
-    raise BadAnswer(f"no answer within {ANSWER_SECONDS:g} s")
 
 
 def _more(connection: socket.socket) -> bytes:

@@ -31,8 +31,9 @@ def stream_lines(stream: dict[str, Any]) -> list[str]:
         "From sending the routing of a layer, or the start of a token, to having its whole forecast. *model "
         "call*: `Steps.step` with one layer told, for as many sequences as a frame has; *added*: p50 less "
         "that. `Speculator.predict` in the same turns, half of the layers seen: p50 "
-        f"{us(stream['predict']['p50_us'])}. *awake*: with `--stream-spin-us 2000`, which takes a core while "
-        "a stream is busy; the others sleep between messages.",
+        f"{us(stream['predict']['p50_us'])}. The load looks at its sockets again and again, and so does the "
+        "service for a millisecond after a message; *client asleep*: the load waits to be woken; *both "
+        "asleep*: and the service, too, with `--stream-spin-us 0`.",
         "",
         *table(head, body),
         "",
@@ -63,8 +64,8 @@ def server_lines(servers: dict[str, Any]) -> list[str]:
         "Each on the server's core, for itself in its turn, over TCP loopback: one sequence, half of its "
         f"layers seen. The model call alone in the same turns: p50 {us(servers['model']['p50_us'])} "
         f"(the step that a stream calls instead: p50 {us(servers['step']['p50_us'])}). *added*: p50 less the "
-        "model call. *awake*: `--stream-spin-us 2000`. "
-        f"*answers a second*: with 16 connections. ONNX Runtime {', '.join(runtimes)} in all of them.",
+        "model call. *answers a second*: with 16 connections. "
+        f"ONNX Runtime {', '.join(runtimes)} in all of them.",
         "",
         *table(head, body),
         "",

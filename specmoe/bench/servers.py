@@ -31,19 +31,18 @@ from specmoe.bench.parts import Effort
 from specmoe.bench.processes import Address, post, server
 from specmoe.bench.routing import made_up, request_body
 from specmoe.bench.step_time import StepTime
-from specmoe.bench.stream import AWAKE
 from specmoe.bench.stream_load import StreamLoad, stream_load
 from specmoe.errors import BenchError
 from speculation.runtime import Speculator
 
 WARM_UP_SECONDS = 0.5
-REST, STREAM, STREAM_AWAKE = "specMoE, REST", "specMoE, stream", "specMoE, stream, awake"
+REST, STREAM = "specMoE, REST", "specMoE, stream"
 # Of two machines' float32; a server that serves something else is much further off.
 TOLERANCE = 1e-4
 NOT_INSTALLED = "not installed: `make bench-servers` in a checkout of the repository"
 
-ADDED = "added to the model call: the best other server / {}, p50, 1 connection"
-LATENCY = "latency: the best other server / {}, p50, 1 connection"
+ADDED = Aim("added to the model call: the best other server / the stream, p50, 1 connection", 5, "×", True)
+LATENCY = Aim("latency: the best other server / the stream, p50, 1 connection", 3, "×", True)
 THROUGHPUT = Aim("REST / the best other server, answers a second, 16 connections", 2, "×", True)
 
 
@@ -70,7 +69,7 @@ class ServerComparison:
         self._model, self._step_times = Latency(), Latency()
         self._others: list[Contender] = []
         self._rest: Contender | None = None
-        self._streams: list[Contender] = []
+        self._stream: Contender | None = None
 
     def steps(self, effort: Effort) -> int:
         """The start, and the rounds."""
@@ -95,39 +94,32 @@ class ServerComparison:
 
     def report(self) -> dict[str, Any]:
         """Fit for JSON: everyone's times, whom nobody installed, and the aims as far as they can be told."""
-        if not self._rest or not len(self._rest.times[CONNECTIONS[-1]]):
+        if not self._rest or not self._stream or not len(self._rest.times[CONNECTIONS[-1]]):
             return {}
+        rows = [self._rest, self._stream, *self._others]
         return {
             "model": self._model.report(),
             "step": self._step_times.report(),
-            "rows": [
-                self._rest.report(self._model),
-                *(other.report(self._model) for other in (*self._streams, *self._others)),
-            ],
+            "rows": [row.report(self._model) for row in rows],
             "skipped": [
                 {"server": other.name, "note": NOT_INSTALLED}
                 for other in SERVERS
                 if not python_of(other, self._installed)
             ],
-            "aims": self._aims(self._rest),
+            "aims": self._aims(self._rest, self._stream),
         }
 
-    def _aims(self, rest: Contender) -> list[dict[str, Any]]:
+    def _aims(self, rest: Contender, stream: Contender) -> list[dict[str, Any]]:
         if not self._others:
             return []
         best, model = min(_p50_us(other) for other in self._others), self._model.percentile_us(50)
         most = max(other.times[16].per_second for other in self._others)
-        ratios = [
-            aim
-            for stream in self._streams
-            for aim in (
-                Aim(ADDED.format(stream.title), 5, "×", True).report(
-                    (best - model) / (_p50_us(stream) - model)
-                ),
-                Aim(LATENCY.format(stream.title), 3, "×", True).report(best / _p50_us(stream)),
-            )
+        ours = _p50_us(stream)
+        return [
+            ADDED.report((best - model) / (ours - model)),
+            LATENCY.report(best / ours),
+            THROUGHPUT.report(rest.times[16].per_second / most),
         ]
-        return [*ratios, THROUGHPUT.report(rest.times[16].per_second / most)]
 
     def _round(self, contenders: list[Contender], seconds: float) -> None:
         turns = [
@@ -156,19 +148,13 @@ class ServerComparison:
                 server("specmoe.cli", arguments, ready="model ready", log=folder / "service.log")
             )
             self._rest = Contender(REST, requests(storm, ours, PREDICT_PATH, self._body))
-            awake = started.enter_context(
-                server("specmoe.cli", [*arguments, *AWAKE], ready="model ready", log=folder / "awake.log")
-            )
-            self._streams = [
-                Contender(STREAM, forecasts(streams, ours, self._flow)),
-                Contender(STREAM_AWAKE, forecasts(streams, awake, self._flow)),
-            ]
+            self._stream = Contender(STREAM, forecasts(streams, ours, self._flow))
             for other in SERVERS:
                 if python := python_of(other, self._installed):
                     log = folder / f"{other.name}.log"
                     address = started.enter_context(running(other, python, graph, log))
                     self._others += self._endpoints(other, python, address, storm)
-            yield [self._rest, *self._streams, *self._others]
+            yield [self._rest, self._stream, *self._others]
 
     def _endpoints(
         self, other: OtherServer, python: Path, address: Address, storm: Load

@@ -19,8 +19,9 @@ from typing import Any
 from specmoe.bench.flow import Flow, opening, turns
 from specmoe.bench.model_time import INPUTS
 from specmoe.bench.orders import Worker, carry_out, worker
+from specmoe.bench.polling import awaited
 from specmoe.bench.processes import Address
-from specmoe.bench.stream_client import ANSWER_SECONDS, StreamClient
+from specmoe.bench.stream_client import StreamClient
 from specmoe.bench.stream_frames import FORECAST
 from specmoe.errors import BadAnswer
 
@@ -40,10 +41,12 @@ class StreamLoad:
     def __init__(self, worker: Worker) -> None:
         self._worker = worker
 
-    def round(self, address: Address, flow: Flow, connections: int, seconds: float) -> Times:
+    def round(
+        self, address: Address, flow: Flow, connections: int, seconds: float, *, asleep: bool = False
+    ) -> Times:
         """What `decode` gives. Raises BenchError where an answer was wrong."""
         order = {"address": address, "flow": asdict(flow), "connections": connections, "seconds": seconds}
-        return Times(**self._worker.order(**order))
+        return Times(**self._worker.order(**order, asleep=asleep))
 
 
 @contextlib.contextmanager
@@ -90,15 +93,15 @@ class Decoder:
                     waiting -= answer.count
 
 
-def decode(address: Address, flow: Flow, connections: int, seconds: float) -> Times:
-    """So many connections decode for so long. Raises BadAnswer, OSError."""
+def decode(address: Address, flow: Flow, connections: int, seconds: float, *, asleep: bool = False) -> Times:
+    """So many connections decode for so long. asleep: see `awaited`. Raises BadAnswer, OSError."""
     with contextlib.ExitStack() as opened:
         clients = [opened.enter_context(StreamClient(address)) for _ in range(connections)]
         decoders = [Decoder(client, flow, number % INPUTS) for number, client in enumerate(clients)]
-        return _decoded(decoders, flow.num_layers, seconds)
+        return _decoded(decoders, flow.num_layers, seconds, asleep)
 
 
-def _decoded(decoders: list[Decoder], layers: int, seconds: float) -> Times:
+def _decoded(decoders: list[Decoder], layers: int, seconds: float, asleep: bool) -> Times:
     times: tuple[list[float], list[float]] = [], []
     sent = [0.0] * len(decoders)
     clock = time.perf_counter
@@ -111,7 +114,7 @@ def _decoded(decoders: list[Decoder], layers: int, seconds: float) -> Times:
             decoder.send()
         under_way = len(decoders)
         while under_way:
-            for key, _ in selector.select(ANSWER_SECONDS) or _late():
+            for key in awaited(selector, asleep=asleep):
                 decoder = decoders[key.data]
                 start = decoder.turn % layers == 0
                 if not decoder.receive():
@@ -126,12 +129,10 @@ def _decoded(decoders: list[Decoder], layers: int, seconds: float) -> Times:
         return Times(*times, clock() - began)
 
 
-def _late() -> list[Any]:
-    raise BadAnswer(f"no forecast within {ANSWER_SECONDS:g} s")
-
-
-def _carried_out(address: Address, flow: dict[str, Any], connections: int, seconds: float) -> dict[str, Any]:
-    return asdict(decode(address, Flow(**flow), connections, seconds))
+def _carried_out(
+    address: Address, flow: dict[str, Any], connections: int, seconds: float, asleep: bool
+) -> dict[str, Any]:
+    return asdict(decode(address, Flow(**flow), connections, seconds, asleep=asleep))
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from tests.speculation.toy_routing import routed
 from tests.toy_version import TOY_SPEC, toy_stored
 
 SPECULATOR = Speculator(toy_stored(), provider="cpu")
+STEPPING = Speculator(toy_stored(steps=True), provider="cpu")
 LAYERS = TOY_SPEC.num_layers
 CAPACITY = 4
 TOLERANCE = 1e-5
@@ -29,9 +30,11 @@ SEEDS = st.integers(0, 2**32 - 1)
 class Interleavings(RuleBasedStateMachine):
     """Rows of Slots, and beside each of them the same sequence from scratch."""
 
+    speculator = SPECULATOR
+
     def __init__(self) -> None:
         super().__init__()
-        self.slots = Slots(Steps(SPECULATOR), CAPACITY)
+        self.slots = Slots(Steps(self.speculator), CAPACITY)
         self.sequences: dict[int, Replayed] = {}
 
     def within_a_token(self) -> dict[int, list[int]]:
@@ -45,7 +48,7 @@ class Interleavings(RuleBasedStateMachine):
     @precondition(lambda self: len(self.sequences) < CAPACITY)
     @rule()
     def open(self) -> None:
-        self.sequences[self.slots.open()] = Replayed(SPECULATOR)
+        self.sequences[self.slots.open()] = Replayed(self.speculator)
 
     @precondition(lambda self: self.sequences)
     @rule(data=st.data())
@@ -91,8 +94,16 @@ class Interleavings(RuleBasedStateMachine):
         assert self.slots.in_use == len(self.sequences)
 
 
-Interleavings.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=40)
+class SteppingInterleavings(Interleavings):
+    """The same with a version that goes step by step, a lone row in place."""
+
+    speculator = STEPPING
+
+
+for machine in (Interleavings, SteppingInterleavings):
+    machine.TestCase.settings = settings(deadline=None, max_examples=40, stateful_step_count=40)
 test_any_interleaving_is_working_it_out_from_scratch = Interleavings.TestCase
+test_any_interleaving_step_by_step_is_working_it_out_from_scratch = SteppingInterleavings.TestCase
 
 
 class Counting:
@@ -106,6 +117,9 @@ class Counting:
 
     def __init__(self) -> None:
         self.begun = 0
+
+    def single(self) -> None:
+        return None
 
     def begin(self, state: Any, token_ids: np.ndarray[Any, Any]) -> Any:
         self.begun += len(token_ids)
