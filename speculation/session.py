@@ -167,7 +167,7 @@ class Bound:
         """Outputs from inputs. Raises GraphFailed."""
         try:
             self._core.run_with_iobinding(self._binding, self._options)
-        except InvalidArgument as error:
+        except RuntimeError as error:  # it has one kind of error for whatever stops a graph
             raise _failed(self._origin, error) from error
 
 
