@@ -62,7 +62,10 @@ class Single:
         )
 
     def advance(
-        self, token_id: int, experts: Integer[np.ndarray, "L K"], gates: Real[np.ndarray, "L K"]
+        self,
+        token_id: int,
+        experts: Integer[np.ndarray, "L K"],
+        gates: Real[np.ndarray, "L K"] | float | float,
     ) -> None:
         """One more finished token. token_id: -1 where unknown."""
         self._token_id[0] = token_id

@@ -54,6 +54,8 @@ class Slots:
         # A row that is worked on alone is copied there and back, once until another one is.
         self._single = steps.single()
         self._alone = NOBODY
+        self._nobodys = steps.single()
+        self._stepped = False
         self._begun = np.zeros(capacity, bool)
         # Layers that are in `_progress` already; those from there to `seen` are told, but not worked in yet.
         self._worked_in = np.zeros(capacity, np.int32)
@@ -138,6 +140,16 @@ class Slots:
         self._worked_in[rows] = self.seen[rows]
         return probabilities
 
+    def keep_warm(self) -> None:
+        """Run the graphs that were not used for a while, so that they stay in the processor's caches."""
+        if not self._nobodys:
+            return
+        self._nobodys.begin(-1)
+        if not self._stepped:
+            self._nobodys.step(NO_LAYER, NO_LAYER, 1.0)
+        self._stepped = False
+        self._nobodys.advance(-1, np.arange(self.spec.top_k), 1.0)
+
     def finished(self, row: int) -> tuple[int, Array, Array]:
         """(id, experts [L, K], gates [L, K]) of the current token, copied: its row will be overwritten."""
         return int(self._token_ids[row]), self._experts[row].copy(), self._gates[row].copy()
@@ -175,6 +187,7 @@ class Slots:
             single.begin(int(self._token_ids[row]))
             _put_one(self._token, row, single.token)
             self._begun[row] = True
+        self._stepped = True
         layer = self._worked_in[row]
         if layer == self.seen[row]:
             probabilities = single.step(NO_LAYER, NO_LAYER, 1.0)

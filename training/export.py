@@ -5,6 +5,7 @@ specmoe export runs/mine
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -24,10 +25,11 @@ from training.errors import ExportFailed
 from training.evaluate import score_version
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
-from training.parity import check_parity
+from training.parity import check_parity, check_quantized
 from training.predictors import PREDICTORS
 from training.predictors.prefix import PrefixPredictor
 from training.predictors.prefix_graphs import Served, served
+from training.quantization import quantized
 from training.run import Run, load_traces, read_run
 from training.survey import Survey, coverage, survey
 
@@ -49,8 +51,12 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     blocks = Blocks(trace, run.train_config.block_tokens, run.predictor_config)
     calibration, found = calibrated(predictor, blocks, progress=progress)
     functions = served(predictor, calibration)
-    stored = _assembled(run, predictor, functions, found, seconds)
-    check_parity(functions, stored, trace)
+    exact = _assembled(run, predictor, functions, found, seconds)
+    check_parity(functions, exact, trace)
+    stored = replace(
+        exact, graphs={name: quantized(graph, functions.exact) for name, graph in exact.graphs.items()}
+    )
+    check_quantized(exact, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
     metrics = score_version(speculator, trace, progress=progress).distances()
     draft = _draft_of(stored, golden_probabilities(speculator), metrics)

@@ -26,6 +26,10 @@ from training.predictors.prefix_graphs import Served
 TOLERANCE = 1e-4
 TOKENS = 64
 
+# Weights and activations in 8 bits: for the bundled predictors 0.03 at most and 0.0008 on average.
+QUANTIZED_TOLERANCE = 0.1
+QUANTIZED_MEAN_TOLERANCE = 0.005
+
 Array = np.ndarray[Any, Any]
 
 
@@ -47,6 +51,35 @@ def check_parity(functions: Served, stored: StoredVersion, trace: RoutingTrace) 
         after = speculator.advance(state, ids, experts, gates)
         _check(f"advance at token {token}", after, _torch(functions, ADVANCE, state, ids, experts, gates))
         state = after
+
+
+def check_quantized(exact: StoredVersion, small: StoredVersion, trace: RoutingTrace) -> None:
+    """Raises ExportFailed where 8 bits change an answer by more than 0.1 anywhere, or 0.005 on average."""
+    speculators = [Speculator(stored, provider="cpu", origin="the export") for stored in (exact, small)]
+    states = [speculator.initial_state(1) for speculator in speculators]
+    apart = []
+    for token in range(min(TOKENS, int(trace.starts[1]))):
+        ids, experts, gates = _inputs(trace, token)
+        seen = token % trace.spec.num_layers
+        shown = experts.copy()
+        shown[:, seen:] = -1
+        ours, theirs = (
+            speculator.predict(state, ids, shown, gates)[:, seen:]
+            for speculator, state in zip(speculators, states, strict=True)
+        )
+        apart.append(np.abs(ours - theirs).ravel())
+        states = [
+            speculator.advance(state, ids, experts, gates)
+            for speculator, state in zip(speculators, states, strict=True)
+        ]
+    differences = np.concatenate(apart)
+    if not (differences.max() <= QUANTIZED_TOLERANCE and differences.mean() <= QUANTIZED_MEAN_TOLERANCE):
+        raise ExportFailed(
+            f"In 8 bits, probabilities differ by {differences.max():.3f} at most and "
+            f"{differences.mean():.4f} on average, "
+            f"expected {QUANTIZED_TOLERANCE} and {QUANTIZED_MEAN_TOLERANCE} at most.",
+            remedy="Train with more --weight-decay: a few weights are far larger than those beside them.",
+        )
 
 
 def _inputs(trace: RoutingTrace, token: int) -> tuple[Array, Array, Array]:

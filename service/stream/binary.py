@@ -267,7 +267,7 @@ class Binary:
                 ),
                 struct.pack(f"<{2 * len(ranking.sequences)}I", *ranking.sequences, *ranking.tokens),
                 ranking.probabilities.astype(F32, copy=False).tobytes(),
-                ranking.sizes.astype(U16).tobytes(),
+                ranking.sizes.astype(U16, copy=False).tobytes(),
                 ranking.experts.astype(self._expert).tobytes(),
             )
         )

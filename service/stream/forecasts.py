@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Int64
+from jaxtyping import Float32, UInt16
 
 from service.answers import DEFAULT_TOP_K_MULTIPLE
 from service.errors import MessageInvalid
@@ -38,7 +38,7 @@ class Forecasts:
             else running.coverage_sizes(hello.coverage)
         )
         # By layers seen: the sizes of the layers a forecast is of, and the largest.
-        ahead = [sizes[seen, seen : self._end(seen)] for seen in range(layers)]
+        ahead = [sizes[seen, seen : self._end(seen)].astype(np.uint16) for seen in range(layers)]
         self._sizes = [(of_layers, int(of_layers.max())) for of_layers in ahead]
 
     def rankings(
@@ -69,7 +69,7 @@ class Forecasts:
 
 
 def _covering(
-    demand: Float32[np.ndarray, "m E"], experts: np.ndarray, sizes: Int64[np.ndarray, "m"]
+    demand: Float32[np.ndarray, "m E"], experts: np.ndarray, sizes: UInt16[np.ndarray, "m"]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(experts, probabilities, sizes) of every expert that is in some sequence's set, by demand."""
     listed = np.arange(experts.shape[-1]) < sizes[:, None]  # [m, w]

@@ -97,7 +97,7 @@ class Hub:
         self._tick_comes = False
         self._made: list[Made] = []
         self._forecast_s = 0.0
-        self._awake = Awake(self._loop, settings.stream_spin_us / 1e6)
+        self._awake = Awake(self._loop, settings.stream_spin_us / 1e6, self.slots.keep_warm)
 
     def check_room(self, count: int) -> None:
         """Raises SequencesExhausted where so many more sequences do not fit."""
@@ -257,12 +257,16 @@ class Hub:
             self._forecast(dues)
         elif not finished:  # the next token's start may have come meanwhile, which should not wait for this
             self._scoring.score_one()
-        more_can_be_done = any(not due.client.congested for due in self._dues)
-        if dues or self._history.waits or self._scoring.waits or more_can_be_done:
+        if dues or self._history.waits or self._scoring.waits or self._more_can_be_done():
             self._schedule()
+
+    def _more_can_be_done(self) -> bool:
+        return any(not due.client.congested for due in self._dues)
 
     def _ready(self) -> list[Due]:
         """Dues that can be forecast now; those that must wait for their client or for history stay."""
+        if not self._dues:
+            return []
         now = time.perf_counter()
         ready: list[Due] = []
         later: list[Due] = []

@@ -48,6 +48,7 @@ class Served:
     but for those that came after the same id as the next token does; routed, their experts.
     token: start, what past and id add to x; repeats, their maps; first_row, of the calibration tables.
     progress: seen, the number of the last layer + 1; told, what the layers seen add to x (`Step`).
+    exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
 
     graphs: Mapping[GraphName, nn.Module]
@@ -55,6 +56,7 @@ class Served:
     state: tuple[StateTensor, ...]
     token: tuple[StateTensor, ...]
     progress: tuple[StateTensor, ...]
+    exact: tuple[str, ...] = ()
 
 
 def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
@@ -84,6 +86,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         state=tuple(state),
         token=tuple(token),
         progress=(_tensor("seen", "int32"), _tensor("told", "float32", 2 * config.width)),
+        exact=("fading.weight",),  # which step has in a table
     )
 
 
