@@ -77,6 +77,26 @@ def to_batch(request: PredictRequest, spec: RoutingSpec) -> Batch:
     )
 
 
+def joined(batches: list[Batch]) -> Batch:
+    """Batches without context as one, in their order."""
+    if len(batches) == 1:
+        return batches[0]
+    experts = np.concatenate([batch.experts for batch in batches])
+    gates = None
+    if any(batch.gates is not None for batch in batches):
+        gates = np.concatenate(
+            [np.ones(b.experts.shape, np.float32) if b.gates is None else b.gates for b in batches]
+        )
+    return Batch(
+        token_ids=np.concatenate([batch.token_ids for batch in batches]),
+        experts=experts,
+        gates=gates,
+        current=np.arange(len(experts)),
+        context_tokens=np.zeros(len(experts), np.int64),
+        seen=np.concatenate([batch.seen for batch in batches]),
+    )
+
+
 def misfit(batch: Batch, request: PredictRequest, spec: RoutingSpec) -> RequestInvalid | None:
     """Where in the request an id is out of range or gates do not add up, for a batch that was refused."""
     out_of_range = batch.experts >= spec.num_experts

@@ -12,23 +12,19 @@ import asyncio
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
-import orjson
-from jaxtyping import Float32
 from pydantic import ValidationError
 
-from service.answers import list_sizes, per_sequence, union
-from service.batch import Batch, check_size, misfit, to_batch, wanted_layers
+from service.batch import check_size
 from service.explain import explained
 from service.loading import Running
 from service.middleware import Exchange
 from service.prediction import predict
+from service.question import Question, answered
 from service.schemas import PREDICT_REQUEST, PredictRequest
 from service.serving import Serving
 from service.settings import Settings
 from service.together import Together
 from speculation.errors import InputInvalid
-from traces.errors import SpecMoEError
 
 # Work is counted in rows: a sequence or a context token. On two busy cores the first row took 300 µs, each
 # further one 100, a hop to a thread and back 75 to 120. So up to four rows, under 1 ms, are done at once: the
@@ -64,7 +60,7 @@ class Predictions:
         if rows == len(request.sequences) <= INLINE_ROWS:
             question = Question(request, running)
             try:
-                return question.answer(await self._together.predict(running, question.batch))
+                return await self._together.answer(question)
             except InputInvalid as error:
                 raise question.misfit(error) from None
         if rows <= INLINE_ROWS:
@@ -84,35 +80,6 @@ def parse(body: bytes) -> PredictRequest:
         raise explained(error.errors(include_url=False)) from None
 
 
-class Question:
-    """A request as arrays. Raises RequestInvalid or CoverageUnknown where it does not fit the version."""
-
-    def __init__(self, request: PredictRequest, running: Running) -> None:
-        spec = running.speculator.spec
-        self.batch: Batch = to_batch(request, spec)
-        self._request, self._running = request, running
-        self._sizes = list_sizes(request, running, self.batch, wanted_layers(request, spec, self.batch))
-
-    def answer(self, probabilities: Float32[np.ndarray, "B L E"]) -> bytes:
-        """What the model says, as JSON."""
-        running, request, spec = self._running, self._request, self._running.speculator.spec
-        together = request.combine == "union"
-        return orjson.dumps(
-            {
-                "model": running.model,
-                "version": running.version,
-                "predictions": None
-                if together
-                else per_sequence(probabilities, self._sizes, self.batch, spec),
-                "union": union(probabilities, self._sizes, request, spec) if together else None,
-            }
-        )
-
-    def misfit(self, error: InputInvalid) -> SpecMoEError:
-        """What the model's refusal means in the request's words."""
-        return misfit(self.batch, self._request, self._running.speculator.spec) or error
-
-
 def compute(request: PredictRequest, running: Running) -> bytes:
     """The answer of a version, worked out at once. Raises RequestInvalid or CoverageUnknown."""
     question = Question(request, running)
@@ -122,4 +89,4 @@ def compute(request: PredictRequest, running: Running) -> bytes:
     except InputInvalid as error:
         raise question.misfit(error) from None
     running.metrics.model_seconds.observe(time.perf_counter() - began)
-    return question.answer(probabilities)
+    return answered([question], probabilities)[0]

@@ -1,6 +1,7 @@
-"""Small requests that arrive at one moment are forecast in one model call, which costs much less for each.
+"""Small requests that arrive at one moment are forecast in one model call, and their answers ranked together,
+which costs much less for each.
 
-Predictions -> Together.predict -> one call for all of a version -> each its own rows
+Predictions -> Together.answer -> one call for all of a version -> each its own answer
 
     specmoe bench --only rest
 """
@@ -10,30 +11,28 @@ from __future__ import annotations
 import asyncio
 import time
 
-import numpy as np
-from jaxtyping import Float32
-
-from service.batch import Batch
+from service.batch import joined
 from service.loading import Running
 from service.prediction import predict
+from service.question import Question, answered
 from speculation.errors import InputInvalid
 
-Answer = asyncio.Future[Float32[np.ndarray, "B L E"]]
+Answer = asyncio.Future[bytes]
 
 
 class Together:
     """Gathers what comes in one round of the event loop; works it off at the round's end."""
 
     def __init__(self) -> None:
-        self._waiting: dict[Running, list[tuple[Batch, Answer]]] = {}
+        self._waiting: dict[Running, list[tuple[Question, Answer]]] = {}
 
-    async def predict(self, running: Running, batch: Batch) -> Float32[np.ndarray, "B L E"]:
-        """Probabilities for a batch without context. Raises InputInvalid where the batch itself is wrong."""
+    async def answer(self, question: Question) -> bytes:
+        """The answer to a question without context. Raises InputInvalid where the question is wrong."""
         loop = asyncio.get_running_loop()
         answer: Answer = loop.create_future()
         if not self._waiting:
             loop.call_soon(self._work_off)
-        self._waiting.setdefault(running, []).append((batch, answer))
+        self._waiting.setdefault(question.running, []).append((question, answer))
         return await answer
 
     def _work_off(self) -> None:
@@ -48,42 +47,20 @@ class Together:
                 for _, answer in asked:
                     _fail(answer, error)
 
-    def _answer_alone(self, running: Running, one: tuple[Batch, Answer]) -> None:
+    def _answer_alone(self, running: Running, one: tuple[Question, Answer]) -> None:
         try:
             self._answer(running, [one])
         except Exception as error:
             _fail(one[1], error)
 
-    def _answer(self, running: Running, asked: list[tuple[Batch, Answer]]) -> None:
+    def _answer(self, running: Running, asked: list[tuple[Question, Answer]]) -> None:
+        questions = [question for question, _ in asked]
         began = time.perf_counter()
-        probabilities = predict(running.speculator, joined([batch for batch, _ in asked]))
+        probabilities = predict(running.speculator, joined([question.batch for question in questions]))
         running.metrics.model_seconds.observe(time.perf_counter() - began)
-        first = 0
-        for batch, answer in asked:
-            last = first + len(batch.current)
+        for (_, answer), body in zip(asked, answered(questions, probabilities), strict=True):
             if not answer.done():  # its client may have gone
-                answer.set_result(probabilities[first:last])
-            first = last
-
-
-def joined(batches: list[Batch]) -> Batch:
-    """Batches without context as one, in their order."""
-    if len(batches) == 1:
-        return batches[0]
-    experts = np.concatenate([batch.experts for batch in batches])
-    gates = None
-    if any(batch.gates is not None for batch in batches):
-        gates = np.concatenate(
-            [np.ones(b.experts.shape, np.float32) if b.gates is None else b.gates for b in batches]
-        )
-    return Batch(
-        token_ids=np.concatenate([batch.token_ids for batch in batches]),
-        experts=experts,
-        gates=gates,
-        current=np.arange(len(experts)),
-        context_tokens=np.zeros(len(experts), np.int64),
-        seen=np.concatenate([batch.seen for batch in batches]),
-    )
+                answer.set_result(body)
 
 
 def _fail(answer: Answer, error: Exception) -> None:

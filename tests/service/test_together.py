@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from service.batch import Batch
 from service.loading import Running
 from service.metrics import Metrics
+from service.question import Question, answered
+from service.schemas import PredictRequest
 from service.settings import Settings
-from service.together import Together, joined
+from service.together import Together
 from speculation.errors import InputInvalid
 from speculation.runtime import Speculator
 from tests.service.in_process import body, running_app
@@ -54,37 +56,69 @@ def running(speculator: Counting) -> Running:
     return Running("toy", 1, speculator, "", 0.0, metrics)  # type: ignore[arg-type]
 
 
-def batch(seed: int, rows: int = 1, *, with_gates: bool = True, token_id: int = 5) -> Batch:
+def question(
+    running: Running,
+    seed: int,
+    rows: int = 1,
+    *,
+    with_gates: bool = True,
+    token_id: int = 5,
+    combine: str = "per_sequence",
+) -> Question:
     _, experts, gates = routed(seed, rows, TOY_SPEC)
-    return Batch(
-        token_ids=np.full(rows, token_id),
-        experts=experts,
-        gates=gates if with_gates else None,
-        current=np.arange(rows),
-        context_tokens=np.zeros(rows, np.int64),
-        seen=(experts[:, :, 0] >= 0).sum(1),
-    )
+    seen = np.minimum((experts[:, :, 0] >= 0).sum(1), TOY_SPEC.num_layers - 1).tolist()
+    sequences = [
+        {
+            "token_id": token_id,
+            "experts": its[:count].tolist(),
+            "gates": weights[:count].tolist() if with_gates else None,
+        }
+        for its, weights, count in zip(experts, gates, seen, strict=True)
+    ]
+    request = {"model": "toy", "sequences": sequences, "top_n": 1 + seed % 3, "combine": combine}
+    return Question(PredictRequest.model_validate(request), running)
 
 
-def alone(batch: Batch) -> np.ndarray[Any, Any]:
-    state = SPECULATOR.initial_state(len(batch.current))
-    return SPECULATOR.predict(state, batch.token_ids, batch.experts, batch.gates)
+def wrong(running: Running) -> Question:
+    wrong = question(running, 9)
+    wrong.batch = replace(wrong.batch, experts=np.full_like(wrong.batch.experts, TOY_SPEC.num_experts))
+    return wrong
 
 
-def wrong() -> Batch:
-    good = batch(9)
-    return replace(good, experts=np.full_like(good.experts, TOY_SPEC.num_experts))
+def assert_as_if_alone(answer: bytes, asked: Question) -> None:
+    """The answer is the one that the question gets by itself, up to how a model call rounds."""
+    state = SPECULATOR.initial_state(len(asked.batch.current))
+    probabilities = SPECULATOR.predict(state, asked.batch.token_ids, asked.batch.experts, asked.batch.gates)
+    (alone,) = answered([asked], probabilities)
+    assert flat(json.loads(answer)) == pytest.approx(flat(json.loads(alone)), abs=2e-6)
 
 
-async def test_requests_of_one_moment_share_a_call_and_get_their_own_rows(
+def flat(document: Any) -> dict[str, Any]:
+    """Every number and text of a JSON document, by its path."""
+    if not isinstance(document, dict | list):
+        return {"": document}
+    parts = document.items() if isinstance(document, dict) else enumerate(document)
+    return {f"/{key}{path}": value for key, part in parts for path, value in flat(part).items()}
+
+
+async def test_requests_of_one_moment_share_a_call_and_get_their_own_answers(
     running: Running, speculator: Counting
 ) -> None:
     together = Together()
-    batches = [batch(seed, 1 + seed % 3, with_gates=seed % 2 == 0) for seed in range(6)]
-    answers = await asyncio.gather(*(together.predict(running, one) for one in batches))
-    assert speculator.calls == [sum(len(one.current) for one in batches)]
-    for answer, one in zip(answers, batches, strict=True):
-        np.testing.assert_allclose(answer, alone(one), atol=1e-6)
+    asked = [
+        question(
+            running,
+            seed,
+            1 + seed % 3,
+            with_gates=seed % 2 == 0,
+            combine="union" if seed == 3 else "per_sequence",
+        )
+        for seed in range(6)
+    ]
+    answers = await asyncio.gather(*map(together.answer, asked))
+    assert speculator.calls == [sum(len(one.batch.current) for one in asked)]
+    for answer, one in zip(answers, asked, strict=True):
+        assert_as_if_alone(answer, one)
 
 
 async def test_requests_of_different_moments_do_not_wait_for_each_other(
@@ -92,31 +126,34 @@ async def test_requests_of_different_moments_do_not_wait_for_each_other(
 ) -> None:
     together = Together()
     for seed in range(3):
-        await together.predict(running, batch(seed))
+        await together.answer(question(running, seed))
     assert speculator.calls == [1, 1, 1]
 
 
 async def test_versions_are_not_mixed(running: Running, speculator: Counting) -> None:
     together, other = Together(), replace(running, version=2)
-    await asyncio.gather(*(together.predict(one, batch(1)) for one in (running, other, running)))
+    answers = await asyncio.gather(*(together.answer(question(one, 1)) for one in (running, other, running)))
     assert speculator.calls == [2, 1]
+    assert [json.loads(answer)["version"] for answer in answers] == [1, 2, 1]
 
 
 async def test_a_wrong_one_fails_alone(running: Running) -> None:
-    together, good = Together(), [batch(1), batch(2)]
-    asked = (together.predict(running, one) for one in (good[0], wrong(), good[1]))
+    together, good = Together(), [question(running, 1), question(running, 2)]
+    asked = (together.answer(one) for one in (good[0], wrong(running), good[1]))
     first, error, second = await asyncio.gather(*asked, return_exceptions=True)
     assert isinstance(error, InputInvalid)
-    np.testing.assert_allclose(np.concatenate([first, second]), alone(joined(good)), atol=1e-6)
+    for answer, one in zip((first, second), good, strict=True):
+        assert isinstance(answer, bytes)
+        assert_as_if_alone(answer, one)
 
 
 @pytest.mark.filterwarnings("error")
 async def test_one_whose_client_has_gone_hurts_nobody(running: Running) -> None:
-    together = Together()
-    gone = [asyncio.ensure_future(together.predict(running, one)) for one in (batch(1), wrong())]
-    stays = asyncio.ensure_future(together.predict(running, batch(2)))
+    together, last = Together(), question(running, 2)
+    gone = [asyncio.ensure_future(together.answer(one)) for one in (question(running, 1), wrong(running))]
+    stays = asyncio.ensure_future(together.answer(last))
     asyncio.get_running_loop().call_soon(lambda: [task.cancel() for task in gone])
-    np.testing.assert_allclose(await stays, alone(batch(2)), atol=1e-6)
+    assert_as_if_alone(await stays, last)
     assert all(
         isinstance(e, asyncio.CancelledError) for e in await asyncio.gather(*gone, return_exceptions=True)
     )
@@ -124,12 +161,11 @@ async def test_one_whose_client_has_gone_hurts_nobody(running: Running) -> None:
 
 async def test_a_model_that_fails_is_told_to_all_who_wait_and_to_no_others(running: Running) -> None:
     together, other = Together(), replace(running, version=2)
-    asked = [(running, batch(1)), (running, batch(2, token_id=666)), (other, batch(3))]
-    answers = await asyncio.gather(
-        *(together.predict(version, one) for version, one in asked), return_exceptions=True
-    )
+    asked = [question(running, 1), question(running, 2, token_id=666), question(other, 3)]
+    answers = await asyncio.gather(*map(together.answer, asked), return_exceptions=True)
     assert [str(answer) for answer in answers[:2]] == ["no memory"] * 2
-    np.testing.assert_allclose(answers[2], alone(batch(3)), atol=1e-6)
+    assert isinstance(answers[2], bytes)
+    assert_as_if_alone(answers[2], asked[2])
 
 
 async def test_requests_over_http_share_calls(shared_store: Path) -> None:
