@@ -56,6 +56,7 @@ class Slots:
         self._alone = NOBODY
         self._nobodys = steps.single()
         self._stepped = False
+        self._turn = 0
         self._begun = np.zeros(capacity, bool)
         # Layers that are in `_progress` already; those from there to `seen` are told, but not worked in yet.
         self._worked_in = np.zeros(capacity, np.int32)
@@ -141,14 +142,19 @@ class Slots:
         return probabilities
 
     def keep_warm(self) -> None:
-        """Run the graphs that were not used for a while, so that they stay in the processor's caches."""
-        if not self._nobodys:
+        """Run one of the graphs, each in its turn, so that they stay in the processor's caches."""
+        nobodys = self._nobodys
+        if not nobodys:
             return
-        self._nobodys.begin(-1)
-        if not self._stepped:
-            self._nobodys.step(NO_LAYER, NO_LAYER, 1.0)
-        self._stepped = False
-        self._nobodys.advance(-1, np.arange(self.spec.top_k), 1.0)
+        self._turn = (self._turn + 1) % 3
+        if self._turn == 0:
+            nobodys.begin(-1)
+        elif self._turn == 1:
+            nobodys.advance(-1, np.arange(self.spec.top_k), 1.0)
+        else:
+            if not self._stepped:
+                nobodys.step(NO_LAYER, NO_LAYER, 1.0)
+            self._stepped = False
 
     def finished(self, row: int) -> tuple[int, Array, Array]:
         """(id, experts [L, K], gates [L, K]) of the current token, copied: its row will be overwritten."""

@@ -36,12 +36,11 @@ class Load:
         self._worker = worker
 
     def round(
-        self, address: Address, request: bytes, connections: int, seconds: float
+        self, address: Address, request: bytes, connections: int, seconds: float, *, asleep: bool = False
     ) -> tuple[list[float], float]:
         """What `storm` gives. Raises BenchError where an answer was wrong."""
-        result = self._worker.order(
-            address=address, request=request.decode("latin-1"), connections=connections, seconds=seconds
-        )
+        order = {"address": address, "request": request.decode("latin-1"), "connections": connections}
+        result = self._worker.order(**order, seconds=seconds, asleep=asleep)
         return result["times_us"], result["seconds"]
 
 
@@ -52,9 +51,12 @@ def load(core: int | None) -> Iterator[Load]:
         yield Load(started)
 
 
-def storm(address: Address, request: bytes, connections: int, seconds: float) -> tuple[list[float], float]:
+def storm(
+    address: Address, request: bytes, connections: int, seconds: float, *, asleep: bool = False
+) -> tuple[list[float], float]:
     """(microseconds of every request, seconds in all). Each connection has one request under way.
 
+    asleep: see `awaited`.
     Raises BadAnswer, OSError.
     """
     opened = [connect(address, ANSWER_SECONDS) for _ in range(connections)]
@@ -62,7 +64,7 @@ def storm(address: Address, request: bytes, connections: int, seconds: float) ->
         for connection in opened:  # the first request of a connection pays for the server's setup of it
             connection.sendall(request)
             read_answer(connection)
-        return _one_round(opened, request, seconds)
+        return _one_round(opened, request, seconds, asleep)
     finally:
         for connection in opened:
             connection.close()
@@ -82,7 +84,9 @@ def read_answer(connection: socket.socket) -> bytes:
     return received[end + len(HEAD_END) :]
 
 
-def _one_round(opened: list[socket.socket], request: bytes, seconds: float) -> tuple[list[float], float]:
+def _one_round(
+    opened: list[socket.socket], request: bytes, seconds: float, asleep: bool
+) -> tuple[list[float], float]:
     times_us: list[float] = []
     sent = [0.0] * len(opened)
     clock = time.perf_counter
@@ -95,7 +99,7 @@ def _one_round(opened: list[socket.socket], request: bytes, seconds: float) -> t
             connection.sendall(request)
         under_way = len(opened)
         while under_way:
-            for key in awaited(selector):
+            for key in awaited(selector, asleep=asleep):
                 connection = opened[key.data]
                 read_answer(connection)
                 now = clock()
@@ -115,8 +119,10 @@ def _more(connection: socket.socket) -> bytes:
     return received
 
 
-def _carried_out(address: Address, request: str, connections: int, seconds: float) -> dict[str, Any]:
-    times_us, took = storm(address, request.encode("latin-1"), connections, seconds)
+def _carried_out(
+    address: Address, request: str, connections: int, seconds: float, asleep: bool
+) -> dict[str, Any]:
+    times_us, took = storm(address, request.encode("latin-1"), connections, seconds, asleep=asleep)
     return {"times_us": times_us, "seconds": took}
 
 

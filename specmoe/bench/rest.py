@@ -113,7 +113,9 @@ class RestLatency:
         for connections in CONNECTIONS:
             for transport in TRANSPORTS:
                 for addresses, times in ((servers.bare, self._bare), (servers.service, self._service)):
-                    times_us, took = storm.round(addresses[transport], self._request, connections, seconds)
+                    address = addresses[transport]
+                    # A client of REST sleeps until its answer comes.
+                    times_us, took = storm.round(address, self._request, connections, seconds, asleep=True)
                     turns.append((times[transport, connections], times_us, took))
         measure([(self._predict, self._model)], seconds)
         for latency, times_us, took in turns:  # whole rounds only: Ctrl-C must not favour anyone

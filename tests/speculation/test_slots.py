@@ -89,6 +89,10 @@ class Interleavings(RuleBasedStateMachine):
             expected = sequence.probabilities()[sequence.seen :]
             np.testing.assert_allclose(probabilities[sequence.seen :], expected, atol=TOLERANCE)
 
+    @rule()
+    def keep_warm(self) -> None:
+        self.slots.keep_warm()
+
     @invariant()
     def sequences_are_counted(self) -> None:
         assert self.slots.in_use == len(self.sequences)
