@@ -81,8 +81,8 @@ class PrefixConfig:
     input_dropout: on routed experts and token embeddings (0 to 1).
     """
 
-    width: int = 192
-    hidden: int = 384
+    width: int = 256
+    hidden: int = 512
     blocks: int = 1
     decays: tuple[float, ...] = (0.0, 0.7, 0.97)
     window: int = 192
@@ -90,7 +90,7 @@ class PrefixConfig:
     repeat_decay: float = 0.6
     earlier_width: int = 64
     layer_decay: float = 0.5
-    token_width: int = 96
+    token_width: int = 88
     recent_tokens: int = 2
     dropout: float = 0.1
     input_dropout: float = 0.1

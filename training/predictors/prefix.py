@@ -14,7 +14,7 @@ and from the pair it makes with the token before it.
     y = norm(blocks(x))
     z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]    map_Q = U t
 
-A trunk of 192 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
+A trunk of 256 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
 through. What is served is the same, taken apart into steps (`training.predictors.prefix_graphs`).
 """
 
