@@ -26,6 +26,7 @@ def predictor() -> PrefixPredictor:
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         network.tokens.weight[0] = 0.0
+    assert len(network.vocabulary.pairs)
     return network
 
 
