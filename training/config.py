@@ -22,6 +22,7 @@ class TrainConfig:
     drop_token_id: share of tokens trained as if no token id were known (0 to 1).
     drop_gates: share of blocks trained as if no gate weights were known (0 to 1).
     drop_history: share of tokens trained as if they began their sequence (0 to 1).
+    drop_pair: share of known pairs of token ids trained as if they had never been seen together (0 to 1).
     rare_token: share of known token ids trained as if they had never been seen before (0 to 1).
     evaluate_every: passes between two looks at the validation split (count).
     patience: looks without a better validation loss before the run stops early (count).
@@ -39,6 +40,7 @@ class TrainConfig:
     drop_token_id: float = 0.15
     drop_gates: float = 0.1
     drop_history: float = 0.1
+    drop_pair: float = 0.2
     rare_token: float = 0.05
     evaluate_every: int = 1
     patience: int = 4
@@ -50,7 +52,7 @@ class TrainConfig:
         _demand(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
         for name in ("weight_decay", "warmup_steps", "seed"):
             _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
-        for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "rare_token"):
+        for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "drop_pair", "rare_token"):
             _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
         _demand(
             self.batch_tokens % self.block_tokens == 0,
@@ -73,14 +75,14 @@ class PrefixConfig:
     repeat_decay: what a place counts beside the next newer one (0 to 1).
     earlier_width: of what the trunk is told of each average and of the repeats (channels).
     layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
-    token_width: of a token's embedding (channels).
+    token_width: of the embedding of a token, or of a pair of them (channels).
     recent_tokens: past tokens whose ids are remembered (count).
     dropout: inside the trunk (0 to 1).
     input_dropout: on routed experts and token embeddings (0 to 1).
     """
 
-    width: int = 192
-    hidden: int = 384
+    width: int = 256
+    hidden: int = 512
     blocks: int = 1
     decays: tuple[float, ...] = (0.0, 0.7, 0.97)
     window: int = 192
@@ -88,7 +90,7 @@ class PrefixConfig:
     repeat_decay: float = 0.6
     earlier_width: int = 64
     layer_decay: float = 0.5
-    token_width: int = 64
+    token_width: int = 88
     recent_tokens: int = 2
     dropout: float = 0.1
     input_dropout: float = 0.1

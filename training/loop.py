@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
@@ -31,6 +30,7 @@ from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
 from training.predictors.prefix import PrefixPredictor
 from training.processes import Processes
+from training.vocabulary import UNKNOWN_ROW
 
 CHECKPOINT = "checkpoint.pt"
 # Longer gradients than this are shortened to it: rare tokens give rare bursts.
@@ -149,9 +149,12 @@ class Trainer:
         )
         batch = self.train.draw(plan.blocks, plan.hide_gates).hiding(hide_history, hide_token)
         ids, vocabulary = batch.token_ids.numpy(), self.predictor.vocabulary
-        rare = plan.make_rare[inside][:, None]
-        rows = torch.from_numpy(np.where(rare, vocabulary.shared_rows(ids), vocabulary.rows(ids)))
-        return self._summed_loss(self.predictor, batch, rows, torch.from_numpy(plan.seen[inside]))[0]
+        rows = vocabulary.rows_of_tokens(ids)
+        rare, lone = plan.make_rare[inside], plan.hide_pair[inside]
+        rows[rare, :-1] = vocabulary.shared_rows(ids[rare])
+        rows[rare | lone, -1] = UNKNOWN_ROW
+        seen = torch.from_numpy(plan.seen[inside])
+        return self._summed_loss(self.predictor, batch, torch.from_numpy(rows), seen)[0]
 
     def _summed_loss(
         self, predictor: nn.Module, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
@@ -176,7 +179,7 @@ class Trainer:
         for number, batch in enumerate(self.validation.in_order(VALIDATION_TOKENS)):
             if number % self.where.world != self.where.rank:
                 continue
-            rows = torch.from_numpy(self.predictor.vocabulary.rows(batch.token_ids.numpy()))
+            rows = torch.from_numpy(self.predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
             prefixes = seen.expand(len(rows), -1)
             loss, logits, targets = self._summed_loss(self.average, batch, rows, prefixes)
             hits = targets[:, None].expand_as(logits).gather(-1, logits.topk(spec.top_k).indices).sum(-1)

@@ -44,6 +44,7 @@ def train(
         train_trace, train_sources = load_traces(traces, "train", model)
         validation_trace, validation_sources = load_traces(validation, "validation", train_trace.spec.model)
         check_same_shape(validation_trace.spec, train_trace.spec, "the training traces")
+        vocabulary = Vocabulary.of(train_trace.token_ids, train_trace.starts)
         run = Run(
             spec=train_trace.spec,
             predictor="prefix",
@@ -51,7 +52,8 @@ def train(
             train_config=train_config,
             sources=train_sources + validation_sources,
             validation_paths=tuple(path.resolve() for path in validation),
-            known_ids=tuple(Vocabulary.of(train_trace.token_ids).known.tolist()),
+            known_ids=tuple(vocabulary.known.tolist()),
+            known_pairs=tuple((before, token) for before, token in vocabulary.pairs.tolist()),
             command=command,
             **environment(),
         )

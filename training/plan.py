@@ -22,6 +22,7 @@ class Plan:
     blocks: their numbers.
     seen: number of layers shown, for each prefix tried.
     hide_token, hide_history, make_rare: tokens shown without id, without history, with ids as if never seen.
+    hide_pair: tokens shown as if their id had never been seen after the one before.
     hide_gates: blocks shown without gates.
     """
 
@@ -30,6 +31,7 @@ class Plan:
     hide_token: Bool[np.ndarray, "N T"]
     hide_history: Bool[np.ndarray, "N T"]
     make_rare: Bool[np.ndarray, "N T"]
+    hide_pair: Bool[np.ndarray, "N T"]
     hide_gates: Bool[np.ndarray, "N"]
 
     def part(self, rank: int, world: int) -> Plan:
@@ -41,6 +43,7 @@ class Plan:
             self.hide_token[mine],
             self.hide_history[mine],
             self.make_rare[mine],
+            self.hide_pair[mine],
             self.hide_gates[mine],
         )
 
@@ -66,6 +69,7 @@ def plan_step(blocks: Blocks, config: TrainConfig, step: int) -> Plan:
         hide_token=rng.random(shape) < config.drop_token_id,
         hide_history=rng.random(shape) < config.drop_history,
         make_rare=rng.random(shape) < config.rare_token,
+        hide_pair=rng.random(shape) < config.drop_pair,
         hide_gates=rng.random(len(chosen)) < config.drop_gates,
     )
 

@@ -36,7 +36,7 @@ class Run:
     """What a run was asked for.
 
     paths: of the validation traces, where they lay on this machine; everything else goes into the lineage.
-    known_ids: the vocabulary.
+    known_ids, known_pairs: the vocabulary.
     """
 
     spec: RoutingSpec
@@ -46,6 +46,7 @@ class Run:
     sources: tuple[TraceSource, ...]
     validation_paths: tuple[Path, ...]
     known_ids: tuple[int, ...]
+    known_pairs: tuple[tuple[int, int], ...]
     command: str
     code_revision: str
     hardware: str
@@ -53,7 +54,7 @@ class Run:
 
     @property
     def vocabulary(self) -> Vocabulary:
-        return Vocabulary(np.array(self.known_ids, np.int64))
+        return Vocabulary(np.array(self.known_ids, np.int64), np.array(self.known_pairs, np.int64))
 
 
 _RUN: TypeAdapter[Run] = TypeAdapter(Run)

@@ -56,7 +56,7 @@ def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progr
         if not token_ids:
             nobody = torch.zeros(len(batch.token_ids), dtype=torch.bool)
             batch = batch.hiding(history=nobody, ids=~nobody)
-        rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
+        rows = torch.from_numpy(predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
         prefixes = seen.expand(len(rows), -1).to(device)
         logits = predictor(batch.to(device), rows.to(device), prefixes).cpu()
         targets = batch.targets.bool()

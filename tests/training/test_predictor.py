@@ -21,11 +21,12 @@ from training.vocabulary import Vocabulary
 def predictor() -> PrefixPredictor:
     """Untrained, but with every part of it at work."""
     torch.manual_seed(3)
-    network = PrefixPredictor(TRAIN.spec, PREDICTOR, Vocabulary.of(TRAIN.token_ids)).eval()
+    network = PrefixPredictor(TRAIN.spec, PREDICTOR, Vocabulary.of(TRAIN.token_ids, TRAIN.starts)).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         network.tokens.weight[0] = 0.0
+    assert len(network.vocabulary.pairs)
     return network
 
 
@@ -54,7 +55,7 @@ def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.
 def test_a_sum_that_fades_beyond_floats_is_refused() -> None:
     spec = RoutingSpec("deep", 200, 8, 2)
     with pytest.raises(ConfigInvalid, match=r"layer_decay is 0\.1, too small for floats with 200 layers"):
-        PrefixPredictor(spec, replace(PREDICTOR, layer_decay=0.1), Vocabulary.of(None))
+        PrefixPredictor(spec, replace(PREDICTOR, layer_decay=0.1), Vocabulary.of(None, TRAIN.starts))
 
 
 @pytest.mark.parametrize("seen", [0, 1, 3])
@@ -62,7 +63,7 @@ def test_a_sum_that_fades_beyond_floats_is_refused() -> None:
 def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, token: int, seen: int) -> None:
     blocks = Blocks(TRAIN, 32, PREDICTOR)
     batch = next(blocks.in_order(32))
-    rows = torch.from_numpy(predictor.vocabulary.rows(batch.token_ids.numpy()))
+    rows = torch.from_numpy(predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
     with torch.no_grad():
         logits = predictor(batch, rows, torch.full((len(rows), 1), seen))[token, 0]
     came = served(predictor, TRAIN.experts[: token + 1], seen)

@@ -44,6 +44,6 @@ def toy_trainer(
 ) -> Trainer:
     """A trainer at its first step, seeded."""
     torch.manual_seed(config.seed)
-    network = PrefixPredictor(TRAIN.spec, predictor, Vocabulary.of(TRAIN.token_ids))
+    network = PrefixPredictor(TRAIN.spec, predictor, Vocabulary.of(TRAIN.token_ids, TRAIN.starts))
     blocks = [Blocks(trace, config.block_tokens, predictor) for trace in (TRAIN, VALIDATION)]
     return Trainer(network, blocks[0], blocks[1], config, folder, where)

@@ -5,14 +5,16 @@ embedding that its gate shifts, are added up twice: all layers alike, and fading
 last one. Earlier routing comes in as Q dense maps [L, E]: averages of past tokens at several time scales, and
 of the earlier places of this very token (`training.repeats`). The maps take two ways. Into the trunk, by an
 embedding they share; and past it, straight to the logits, each layer of each map times a number that the
-trunk says:
+trunk says. One map more takes the second way alone: what is usual for a token, which is learnt, from its id
+and from the pair it makes with the token before it.
 
+    t = T[id] + T[pair]
     a_l = sum_k A[l, e_k] + offset(gate_k) A'[l, e_k]            l: a layer seen
-    x = sum_l a_l + F sum_l fade^(last - l) a_l + sum_q M_q (M map_q) + C [tokens] + d[last]
+    x = sum_l a_l + F sum_l fade^(last - l) a_l + sum_q M_q (M map_q) + C [t, T[ids before]] + d[last]
     y = norm(blocks(x))
-    z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]
+    z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]    map_Q = U t
 
-A trunk of 192 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
+A trunk of 256 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
 through. What is served is the same, taken apart into steps (`training.predictors.prefix_graphs`).
 """
 
@@ -40,6 +42,7 @@ SMALL = 0.02
 SMALLEST_FADE = 1e-30
 # What each earlier map counts in the logits before anything is learnt.
 COPY = 0.3
+COPY_USUAL = 1.0
 
 
 class Residual(nn.Module):
@@ -77,14 +80,16 @@ class PrefixPredictor(nn.Module):
         self.spec, self.config, self.vocabulary = spec, config, vocabulary
         self.reads_ids = bool(len(vocabulary.known))
         outputs, width = spec.num_layers * spec.num_experts, config.width
-        self.maps = len(config.decays) + (ORDERS if self.reads_ids else 0)
+        earlier_maps = len(config.decays) + (ORDERS if self.reads_ids else 0)
+        self.maps = earlier_maps + self.reads_ids
         self.routing = nn.Linear(2 * outputs, width, bias=False)  # routed or not, and by how much
         self.fading = nn.Linear(width, width, bias=False)
         self.earlier = nn.Linear(outputs, config.earlier_width, bias=False)
-        self.earlier_trunk = nn.Linear(config.earlier_width * self.maps, width, bias=False)
+        self.earlier_trunk = nn.Linear(config.earlier_width * earlier_maps, width, bias=False)
         self.last_seen = nn.Embedding(spec.num_layers + 1, width)
         self.layer_weights = nn.Buffer(layer_weights(spec.num_layers, config.layer_decay), persistent=False)
         self.tokens = nn.Embedding(vocabulary.num_rows, config.token_width, padding_idx=0)
+        self.usual = nn.Linear(config.token_width, outputs, bias=False)
         self.token_trunk = nn.Linear(config.token_width * (config.recent_tokens + 1), width, bias=False)
         self.blocks = nn.Sequential(
             *(Residual(width, config.hidden, config.dropout) for _ in range(config.blocks))
@@ -98,18 +103,20 @@ class PrefixPredictor(nn.Module):
         nn.init.normal_(self.earlier.weight, std=0.35 / math.sqrt(routed))
         nn.init.normal_(self.last_seen.weight, std=SMALL)
         nn.init.normal_(self.tokens.weight[1:], std=SMALL)  # row 0, no id, stays 0
+        nn.init.normal_(self.usual.weight, std=0.5 / math.sqrt(config.token_width))
         nn.init.zeros_(self.copy.weight)
         nn.init.constant_(self.copy.bias, COPY)
+        nn.init.constant_(self.copy.bias[earlier_maps * spec.num_layers :], COPY_USUAL)
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
     ) -> Float[Tensor, "B P L E"]:
         """Logits of every expert of every layer, for each token with its first `seen` layers known.
 
-        rows: of the token table, for the batch's token ids, 0 where unknown (`Vocabulary.rows`).
+        rows: of the token table, 0 where unknown (`Vocabulary.rows_of_tokens`).
         """
-        maps = torch.cat([batch.averages, batch.repeats], 1) if self.reads_ids else batch.averages
-        x = self.encode_past(maps, rows)[:, None] + self.prefix_sums(batch, seen) + self.last_seen(seen)
+        maps, x = self.encode_past(batch, rows)
+        x = x[:, None] + self.prefix_sums(batch, seen) + self.last_seen(seen)
         y = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
         logits = self.head(y).unflatten(-1, (self.spec.num_layers, self.spec.num_experts))
         shares = self.copy(y).unflatten(-1, (self.maps, self.spec.num_layers))
@@ -124,10 +131,22 @@ class PrefixPredictor(nn.Module):
         plain, faded = (weights[seen] @ layers for weights in self.layer_weights)
         return plain + self.fading(faded)
 
-    def encode_past(self, maps: Float[Tensor, "B Q L E"], rows: Int64[Tensor, "B R"]) -> Float[Tensor, "B D"]:
-        """The share of x that is the same for every prefix of a token: earlier routing and the ids."""
+    def encode_past(
+        self, batch: Batch, rows: Int64[Tensor, "B R"]
+    ) -> tuple[Float[Tensor, "B Q L E"], Float[Tensor, "B D"]]:
+        """What is the same for every prefix of a token: maps, and the share of x from them and the ids."""
+        if not self.reads_ids:
+            return batch.averages, self._encode_maps(batch.averages)
+        maps = torch.cat([batch.averages, batch.repeats], 1)
+        *tokens, pair = self._drop(self.tokens(rows)).unbind(1)
+        tokens[0] = tokens[0] + pair
+        x = self._encode_maps(maps) + self.token_trunk(torch.cat(tokens, 1))
+        usual = self.usual(tokens[0]).view(-1, 1, self.spec.num_layers, self.spec.num_experts)
+        return torch.cat([maps, usual], 1), x
+
+    def _encode_maps(self, maps: Float[Tensor, "B Q L E"]) -> Float[Tensor, "B D"]:
         x: Tensor = self.earlier_trunk(self.earlier(self._drop(maps.flatten(2))).flatten(1))
-        return x + self.token_trunk(self._drop(self.tokens(rows)).flatten(1)) if self.reads_ids else x
+        return x
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.config.input_dropout, self.training)

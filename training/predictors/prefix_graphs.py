@@ -27,7 +27,7 @@ from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
 from training.predictors.prefix import PrefixPredictor
 from training.repeats import ORDERS, place_weights
-from training.vocabulary import Vocabulary
+from training.vocabulary import PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 
 # Expert ids below it fit into a byte.
 BYTE_VALUES = 256
@@ -46,7 +46,8 @@ class Served:
     state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
     in bytes; averages, the others; ids of the window's tokens, newest first, + 1, 0 where unknown, negative
     but for those that came after the same id as the next token does; routed, their experts.
-    token: start, what past and id add to x; repeats, their maps; first_row, of the calibration tables.
+    token: start, what past and id add to x; repeats, their maps; usual, the map of what is usual for the
+    token; first_row, of the calibration tables.
     progress: seen, the number of the last layer + 1; told, what the layers seen add to x (`Step`).
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
@@ -72,7 +73,8 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         small = "uint8" if experts <= BYTE_VALUES else "int32"
         state += [_tensor("ids", "int32", 1, config.window)]
         state += [_tensor("routed", small, config.window, layers * spec.top_k)]
-        token += [_tensor("repeats", "uint8", ORDERS, layers, experts), _tensor("first_row", "int32")]
+        token += [_tensor("repeats", "uint8", ORDERS, layers, experts)]
+        token += [_tensor("usual", "float32", 1, layers, experts), _tensor("first_row", "int32")]
         remembered = ("ids", "routed")
     begin, step = Begin(predictor, calibration), Step(predictor, calibration)
     return Served(
@@ -103,7 +105,10 @@ class Begin(nn.Module):
         spec, config = predictor.spec, predictor.config
         if not predictor.reads_ids:
             return
-        self.row_of_id = nn.Buffer(_row_of_id(predictor.vocabulary))
+        vocabulary = predictor.vocabulary
+        self.row_of_id = nn.Buffer(_row_of_id(vocabulary))
+        self.key_step = vocabulary.key_step
+        self.pair_at, self.pair_key = map(nn.Buffer, _pairs(vocabulary))
         # From 2 down to above 1, more than a place can weigh: the lesser of both is the weight, or 0.
         self.newest_first = nn.Buffer(2 - torch.arange(config.window) / config.window)
         weights = place_weights(config.repeats, config.repeat_decay)
@@ -125,12 +130,24 @@ class Begin(nn.Module):
         known = number > 0
         ids, routed = past
         repeats = self.repeats(ids, routed, torch.where(known, number, LIKE_NONE))
-        row = self.row_of_id.index_select(0, number.clamp(max=len(self.row_of_id) - 1))
-        told = [predictor.tokens.weight.index_select(0, row), predictor.earlier(repeats).flatten(1)]
-        start = torch.addmm(context, torch.cat(told, 1), self.trunk.T)
+        token = self.token(number, ids)
+        told = torch.cat([token, predictor.earlier(repeats).flatten(1)], 1)
+        start = torch.addmm(context, told, self.trunk.T)
         maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
         in_bytes = (maps * PER_WEIGHT + 0.5).to(torch.uint8)
-        return start, in_bytes, self.calibration.first_row(known)
+        usual = predictor.usual(token).view(-1, 1, spec.num_layers, spec.num_experts)
+        return start, in_bytes, usual, self.calibration.first_row(known)
+
+    def token(self, number: Int32[Tensor, "B"], ids: Int32[Tensor, "B 1 T"]) -> Float[Tensor, "B C"]:
+        """The embedding of an id, and of the pair it makes with the newest one of the window."""
+        last, before = len(self.row_of_id) - 1, ids[:, 0, 0].abs()
+        row = self.row_of_id.index_select(0, number.clamp(max=last))
+        of_before = (self.row_of_id * self.key_step).index_select(0, before.clamp(max=last))
+        key = row + of_before
+        pair = self.pair_at.index_select(0, key % PAIR_SLOTS)
+        pair = torch.where(self.pair_key.index_select(0, pair) == key, pair, 0)
+        table = self.predictor.tokens.weight
+        return table.index_select(0, row) + table.index_select(0, pair)
 
     def repeats(
         self,
@@ -170,7 +187,8 @@ class Step(nn.Module):
         self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
         self.ones = nn.Buffer(torch.ones(1, predictor.maps))
         units = torch.ones(predictor.maps)
-        units[len(predictor.config.decays) :] = 1 / PER_WEIGHT
+        earlier = len(predictor.config.decays)
+        units[earlier : earlier + ORDERS] = 1 / PER_WEIGHT
         self.unit = nn.Buffer(units.repeat_interleave(spec.num_layers))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -218,20 +236,21 @@ class Step(nn.Module):
         told: Float[Tensor, "B 2*D"],
     ) -> Float[Tensor, "B L E"]:
         """Of every layer. token: the token's tensors."""
-        start, *repeats = token
+        start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
         plain, rising = told.split(predictor.config.width, 1)
         start = start + predictor.last_seen.weight.index_select(0, seen)
         x = start + plain + rising * self.fade.index_select(0, seen)
         y = predictor.norm(predictor.blocks(x))
         row = seen
+        maps = [previous.float(), averages]
         if predictor.reads_ids:
-            repeats, row = repeats[:1], seen + repeats[1]
-        maps = torch.cat([previous.float(), averages, *(bytes_.float() for bytes_ in repeats)], 1)
+            repeats, usual, first_row = ours
+            maps, row = [*maps, repeats.float(), usual], seen + first_row
         copy = predictor.copy
         said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
-        copied = self.ones @ (shares_of_maps * maps).flatten(2)  # a sum, cheaper so
+        copied = self.ones @ (shares_of_maps * torch.cat(maps, 1)).flatten(2)  # a sum, cheaper so
         logits = (predictor.head(y)[:, None] + copied).view(-1, spec.num_layers, spec.num_experts)
         return self.calibration(logits, row)
 
@@ -276,6 +295,7 @@ class Advance(nn.Module):
         if predictor.reads_ids:
             self.row_of_id = nn.Buffer(_row_of_id(predictor.vocabulary)[:, None])
             trunk += [predictor.token_trunk.weight[:, config.token_width :]]
+            self.tokens = nn.Buffer(predictor.tokens.weight[: predictor.vocabulary.id_rows].detach().clone())
         self.trunk = nn.Buffer(torch.cat(trunk, 1).detach())
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -307,7 +327,7 @@ class Advance(nn.Module):
         follows = earlier == torch.where(newest > 0, newest, LIKE_NONE)
         recent = before[:, 0, : self.predictor.config.recent_tokens].clamp(max=len(self.row_of_id) - 1)
         rows = functional.embedding(recent, self.row_of_id)  # B R 1
-        tokens = functional.embedding(rows, self.predictor.tokens.weight)
+        tokens = functional.embedding(rows, self.tokens)
         window = torch.cat([experts.flatten(1)[:, None].to(routed.dtype), routed[:, :-1]], 1)
         return torch.where(follows, before, -before), window, tokens.flatten(1)
 
@@ -326,3 +346,13 @@ def _row_of_id(vocabulary: Vocabulary) -> Int32[Tensor, "V"]:
     """Row of each id, shifted by one so that -1 comes first; ids past the end share the row of the last."""
     largest = int(vocabulary.known[-1]) + 1 if len(vocabulary.known) else 0
     return torch.from_numpy(vocabulary.rows(np.arange(-1, largest + 1)).astype(np.int32))
+
+
+def _pairs(vocabulary: Vocabulary) -> tuple[Int32[Tensor, "S"], Int32[Tensor, "V"]]:
+    """By slot, the row of the pair whose key falls on it, else 0; by row, the pair's key, else -1."""
+    keys = vocabulary.pair_keys(vocabulary.pairs[:, 1], vocabulary.pairs[:, 0])
+    rows = vocabulary.pair_rows(vocabulary.pairs[:, 1], vocabulary.pairs[:, 0])
+    at, key = np.full(PAIR_SLOTS, UNKNOWN_ROW, np.int32), np.full(vocabulary.num_rows, -1, np.int32)
+    at[keys % PAIR_SLOTS] = rows
+    key[rows] = keys
+    return torch.from_numpy(at), torch.from_numpy(key)
