@@ -201,10 +201,16 @@ def test_traces_without_token_ids_make_a_version_without_repeats(tmp_path: Path)
     [
         (lambda run: (run / "run.json").unlink(), "holds no run"),
         (lambda run: (run / "run.json").write_text("{"), "run.json: the file: Invalid JSON"),
+        (
+            lambda run: (run / "run.json").write_text(
+                (run / "run.json").read_text().replace('"prefix"', '"oracle"')
+            ),
+            "predictor is 'oracle', expected one of prefix, interlayer",
+        ),
         (lambda run: (run / CHECKPOINT).unlink(), "does not exist"),
         (lambda run: (run / CHECKPOINT).write_bytes(b"damaged"), "is damaged"),
     ],
-    ids=["no record", "damaged record", "no checkpoint", "damaged checkpoint"],
+    ids=["no record", "damaged record", "unknown predictor", "no checkpoint", "damaged checkpoint"],
 )
 def test_a_folder_that_is_no_run_is_refused(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object, message: str
