@@ -51,9 +51,9 @@ class WindowBatch:
         return self.routed
 
     @property
-    def token_ids(self) -> Int64[Tensor, "B 1"]:
-        """Ids are not used."""
-        return torch.full((len(self.routed), 1), -1, device=self.routed.device)
+    def token_ids(self) -> Int64[Tensor, "B 2"]:
+        """Of each token and the one before it: ids are not used, so as if unknown."""
+        return torch.full((len(self.routed), 2), -1, device=self.routed.device)
 
     @property
     def first(self) -> Int64[Tensor, "N"]:
