@@ -9,6 +9,9 @@ One slope for both sides left an expected calibration error of 0.027 on the spli
 experts are far from being routed, and they decide that one slope. Fitted for each distance to the target
 layer, for token start for each layer, and all of it once with token ids and once without, since a forecast
 knows less then.
+
+A router that picks one expert makes the logits of a layer a distribution, whose level means nothing. What
+is calibrated then are the log odds of their softmax, z = log p - log (1 - p).
 """
 
 from __future__ import annotations
@@ -24,16 +27,21 @@ TOLERANCE = 1e-4
 # A pull towards leaving logits as they are that weighs as much as this many observations.
 PRIOR = 20.0
 IDENTITY = (1.0, 1.0, 0.0)
+# Odds end there: a single float of a probability nearer to 1 knows no more.
+SUREST = 1 - 1e-6
 # A slope below it would turn the ranking over, or nearly so.
 MIN_SLOPE = 0.05
 
 
 class Calibration(nn.Module):
-    """Tables of (below, above, bias) by [token id known, number of layers seen, target layer]."""
+    """Tables of (below, above, bias) by [token id known, number of layers seen, target layer].
 
-    def __init__(self, num_layers: int) -> None:
+    top_k: experts a layer routes a token to; with 1, logits are those of a softmax.
+    """
+
+    def __init__(self, num_layers: int, top_k: int) -> None:
         super().__init__()
-        self.num_layers = num_layers
+        self.num_layers, self.top_k = num_layers, top_k
         rows = 2 * (num_layers + 1)
         self.below, self.above, self.bias = (
             nn.Buffer(torch.full((rows, num_layers), value)) for value in IDENTITY
@@ -45,6 +53,7 @@ class Calibration(nn.Module):
 
     def forward(self, logits: Float[Tensor, "B L E"], row: Int32[Tensor, "B"]) -> Float[Tensor, "B L E"]:
         """Probabilities. row: `first_row` plus the number of layers seen."""
+        logits = levelled(logits, self.top_k)
         below, more, bias = (
             table[..., None].index_select(0, row)
             for table in (self.below, self.above - self.below, self.bias)
@@ -56,6 +65,17 @@ class Calibration(nn.Module):
         first = token_known * (self.num_layers + 1)
         for number, table in enumerate((self.below, self.above, self.bias)):
             table[first : first + len(fitted)] = torch.from_numpy(fitted[:, number])
+
+
+def levelled(logits: Float[Tensor, "*B E"], top_k: int) -> Float[Tensor, "*B E"]:
+    """Logits each of which is that of a probability."""
+    return log_odds(logits) if top_k == 1 else logits
+
+
+def log_odds(logits: Float[Tensor, "*B E"]) -> Float[Tensor, "*B E"]:
+    """Of each expert against all others, when one of them is routed by the softmax of the logits."""
+    log_p = nn.functional.log_softmax(logits, -1)
+    return log_p - torch.log(1 - log_p.exp().clamp(max=SUREST))
 
 
 def fit(

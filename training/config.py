@@ -18,12 +18,17 @@ class TrainConfig:
     learning_rate: peak step size of AdamW (1).
     weight_decay: decoupled decay of weight matrices and embeddings (1 / step size).
     warmup_steps: steps until the peak step size; after it, a cosine down to 0 (count).
+    restarts: times the cosine begins again at the peak, in equal parts of the run (count).
     averaging: decay of the running average of the weights, which is what is evaluated and served (per step).
     drop_token_id: share of tokens trained as if no token id were known (0 to 1).
     drop_gates: share of blocks trained as if no gate weights were known (0 to 1).
     drop_history: share of tokens trained as if they began their sequence (0 to 1).
     drop_pair: share of known pairs of token ids trained as if they had never been seen together (0 to 1).
     rare_token: share of known token ids trained as if they had never been seen before (0 to 1).
+    permute_experts: share of blocks with the experts of each layer permuted, token ids hidden (0 to 1).
+    drop_layers: share of a token's layers trained as if nothing were known of them (0 to 1).
+    mixup: concentration of the beta distribution by which two tokens are mixed; 0 mixes none (1).
+    noise: standard deviation of a factor on every weight of the inputs (1).
     evaluate_every: passes between two looks at the validation split (count).
     patience: looks without a better validation loss before the run stops early (count).
     seed: of every random choice (integer).
@@ -36,25 +41,34 @@ class TrainConfig:
     learning_rate: float = 3e-3
     weight_decay: float = 0.2
     warmup_steps: int = 100
+    restarts: int = 0
     averaging: float = 0.9985
     drop_token_id: float = 0.15
     drop_gates: float = 0.1
     drop_history: float = 0.1
     drop_pair: float = 0.2
     rare_token: float = 0.05
+    permute_experts: float = 0.0
+    drop_layers: float = 0.0
+    mixup: float = 0.0
+    noise: float = 0.0
     evaluate_every: int = 1
     patience: int = 4
     seed: int = 0
 
     def __post_init__(self) -> None:
         for name in ("passes", "batch_tokens", "block_tokens", "prefixes", "evaluate_every", "patience"):
-            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _demand(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
-        for name in ("weight_decay", "warmup_steps", "seed"):
-            _demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        demand(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
+        for name in ("weight_decay", "warmup_steps", "restarts", "seed"):
+            demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "drop_pair", "rare_token"):
-            _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
-        _demand(
+            demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+        demand(0 <= self.drop_layers < 1, "drop_layers", self.drop_layers, "0 or more and below 1")
+        demand(0 <= self.permute_experts <= 1, "permute_experts", self.permute_experts, "0 to 1")
+        demand(0 <= self.mixup <= 10, "mixup", self.mixup, "0 to 10")
+        demand(0 <= self.noise <= 1, "noise", self.noise, "0 to 1")
+        demand(
             self.batch_tokens % self.block_tokens == 0,
             "batch_tokens",
             self.batch_tokens,
@@ -98,17 +112,17 @@ class PrefixConfig:
     def __post_init__(self) -> None:
         sizes = ("width", "hidden", "blocks", "repeats", "earlier_width", "token_width", "recent_tokens")
         for name in sizes:
-            _demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _demand(
+            demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        demand(
             self.window >= max(self.repeats, self.recent_tokens),
             "window",
             self.window,
             f"at least repeats ({self.repeats}) and recent_tokens ({self.recent_tokens})",
         )
-        _demand(0 < self.layer_decay < 1, "layer_decay", self.layer_decay, "between 0 and 1")
+        demand(0 < self.layer_decay < 1, "layer_decay", self.layer_decay, "between 0 and 1")
         for name in ("repeat_decay", "dropout", "input_dropout"):
-            _demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
-        _demand(
+            demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
+        demand(
             self.decays[:1] == (0.0,) and bool(self.decays[1:]) and all(0 < d < 1 for d in self.decays[1:]),
             "decays",
             self.decays,
@@ -116,7 +130,8 @@ class PrefixConfig:
         )
 
 
-def _demand(condition: bool, name: str, value: object, expected: str) -> None:
+def demand(condition: bool, name: str, value: object, expected: str) -> None:
+    """Raises ConfigInvalid where the condition does not hold."""
     if not condition:
         raise ConfigInvalid(
             f"{name} is {value}, expected {expected}.", remedy=f"Set --{name.replace('_', '-')} accordingly."

@@ -8,7 +8,6 @@ so that memory grows with tokens / block.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +17,9 @@ from torch import Tensor
 
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
+from training.augmentation import Change
 from training.config import PrefixConfig
+from training.examples import Examples
 from training.repeats import place_weights, places, spread
 
 
@@ -55,6 +56,16 @@ class Batch:
             self.token_ids.masked_fill(ids[:, None], -1),
         )
 
+    def changed(self, change: Change) -> Batch:
+        """The same, augmented, but for the targets. Of a mixture, the token ids are its own."""
+        told = self.routing * ~change.dropped[:, :, None, None]
+        return Batch(
+            change.inputs(told.transpose(1, 2)).transpose(1, 2),
+            change.inputs(self.averages),
+            change.inputs(self.repeats),
+            self.token_ids.masked_fill(change.permuted[:, None], -1),
+        )
+
 
 TINY = 1e-9
 
@@ -68,7 +79,7 @@ def gate_offsets(gates: Float[np.ndarray, "*N K"]) -> Float32[np.ndarray, "*N K"
     return (gates.shape[-1] * share - 1).astype(np.float32)
 
 
-class Blocks:
+class Blocks(Examples[Batch]):
     """The blocks of a trace. Sequences are cut into blocks from their first token on; the last may be short.
 
     Every array is kept as the trace has it; `draw` makes dense examples of a few blocks.
@@ -86,9 +97,6 @@ class Blocks:
         self._place_weights = place_weights(config.repeats, config.repeat_decay)
         self._inside = decay_kernel(self.decays, block_tokens)
         self._start = self._averages_at_start()
-
-    def __len__(self) -> int:
-        return len(self.first)
 
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""
@@ -118,17 +126,6 @@ class Blocks:
         earlier = self._places[tokens]
         weights = torch.from_numpy(earlier >= 0) * self._place_weights
         return spread(torch.from_numpy(self.experts[earlier]), weights, self.spec.num_experts)
-
-    def in_order(self, tokens: int) -> Iterator[Batch]:
-        """All tokens, in order, about so many at a time."""
-        at_once = max(1, tokens // self.block_tokens)
-        for start in range(0, len(self), at_once):
-            blocks = np.arange(start, min(start + at_once, len(self)))
-            yield self.draw(blocks, np.zeros(len(blocks), bool))
-
-    def inside(self, blocks: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N T"]:
-        """Which token places of these blocks hold a token: a sequence's last block may be short."""
-        return np.arange(self.block_tokens) < self.length[blocks][:, None]
 
     def _tokens(self, blocks: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N T"]:
         """Token numbers of each block; places past its end repeat its last."""

@@ -5,8 +5,9 @@ specmoe export runs/mine
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,19 +19,20 @@ from speculation.golden import golden_probabilities
 from speculation.publishing import DRAFT
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
+from traces.trace import RoutingTrace
 from training import checkpoint
 from training.calibration import Calibration, fit
-from training.dataset import Blocks
 from training.errors import ExportFailed
 from training.evaluate import score_version
+from training.examples import Examples
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
 from training.parity import check_parity, check_quantized
-from training.predictors import PREDICTORS
-from training.predictors.prefix import PrefixPredictor
-from training.predictors.prefix_graphs import Served, served
+from training.predictors import examples_of, kind_of
+from training.predictors.predictor import Predictor as TrainedPredictor
 from training.quantization import quantized
 from training.run import Run, load_traces, read_run
+from training.served import Served
 from training.survey import Survey, coverage, survey
 
 EXPORT = "export"
@@ -48,9 +50,10 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     predictor, seconds = trained(run, folder)
     halve(predictor)
     trace, _ = load_traces(run.validation_paths, "validation", run.spec.model)
-    blocks = Blocks(trace, run.train_config.block_tokens, run.predictor_config)
+    blocks = as_served(run, trace)
+    predictor.settle(blocks)
     calibration, found = calibrated(predictor, blocks, progress=progress)
-    functions = served(predictor, calibration)
+    functions = kind_of(run.predictor_config).served(predictor, calibration)
     exact = _assembled(run, predictor, functions, found, seconds)
     check_parity(functions, exact, trace)
     stored = replace(
@@ -63,10 +66,16 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     return _write(folder / EXPORT, draft, stored)
 
 
-def trained(run: Run, folder: Path) -> tuple[PrefixPredictor, float]:
+def as_served(run: Run, trace: RoutingTrace) -> Examples[Any]:
+    """The examples of a trace in which each token sees as much of its past as it will when served."""
+    shares_prefix = kind_of(run.predictor_config).examples.shares_prefix
+    return examples_of(trace, 1 if shares_prefix else run.train_config.block_tokens, run.predictor_config)
+
+
+def trained(run: Run, folder: Path) -> tuple[TrainedPredictor, float]:
     """The predictor with the run's best weights, and the seconds it was trained."""
     saved = checkpoint.load(folder / CHECKPOINT)
-    predictor = PREDICTORS[run.predictor](run.spec, run.predictor_config, run.vocabulary)
+    predictor = kind_of(run.predictor_config).network(run.spec, run.predictor_config, run.vocabulary)
     if not saved["best_weights"]:
         raise ExportFailed(
             f"{folder} was interrupted before its first look at the validation split.",
@@ -77,13 +86,13 @@ def trained(run: Run, folder: Path) -> tuple[PrefixPredictor, float]:
 
 
 def calibrated(
-    predictor: PrefixPredictor, blocks: Blocks, *, progress: bool = False
+    predictor: TrainedPredictor, blocks: Examples[Any], *, progress: bool = False
 ) -> tuple[Calibration, Survey]:
     """Calibration fitted on `blocks`, with token ids and without, and the survey of the richer kind."""
-    calibration = Calibration(predictor.spec.num_layers)
+    calibration = Calibration(predictor.spec.num_layers, predictor.spec.top_k)
     without = survey(predictor, blocks, token_ids=False, progress=progress)
     calibration.set_tables(False, fit(without.logits, without.targets))
-    if not len(predictor.vocabulary.known):
+    if not predictor.reads_ids:
         calibration.set_tables(True, fit(without.logits, without.targets))
         return calibration, without
     del without
@@ -93,7 +102,7 @@ def calibrated(
 
 
 def _assembled(
-    run: Run, predictor: PrefixPredictor, functions: Served, found: Survey, seconds: float
+    run: Run, predictor: TrainedPredictor, functions: Served, found: Survey, seconds: float
 ) -> StoredVersion:
     """Graphs and manifest as a store would hold them, before golden values and metrics are known."""
     graphs = {
@@ -108,11 +117,11 @@ def _assembled(
     draft = Draft(
         spec=run.spec,
         predictor=Predictor(
-            name=predictor.name,
+            name=run.predictor,
             parameters=sum(parameter.numel() for parameter in predictor.parameters()),
-            config=vars(run.predictor_config) | vars(run.train_config),
+            config=asdict(run.predictor_config) | asdict(run.train_config) | predictor.settled(),
         ),
-        uses_token_ids=bool(run.known_ids),
+        uses_token_ids=predictor.reads_ids,
         uses_gates=True,
         state=functions.state,
         token=functions.token,

@@ -22,13 +22,14 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from training import checkpoint
+from training.augmentation import draw_change
 from training.config import TrainConfig
-from training.dataset import Batch, Blocks
 from training.errors import RunInvalid, TrainingError
-from training.loss import set_loss, unseen
+from training.examples import Batch, Examples
+from training.loss import set_loss, top_one_loss, unseen
 from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
-from training.predictors.prefix import PrefixPredictor
+from training.predictors.predictor import Predictor
 from training.processes import Processes
 from training.vocabulary import UNKNOWN_ROW
 
@@ -61,9 +62,9 @@ class Trainer:
 
     def __init__(
         self,
-        predictor: PrefixPredictor,
-        train: Blocks,
-        validation: Blocks,
+        predictor: Predictor,
+        train: Examples[Batch],
+        validation: Examples[Batch],
         config: TrainConfig,
         folder: Path,
         where: Processes,
@@ -85,7 +86,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = {}
         self.seconds = 0.0
 
-    def fit(self) -> PrefixPredictor:
+    def fit(self) -> Predictor:
         """Train to the end, or until the validation loss stops falling. Returns the best averaged weights.
 
         Interrupted (Ctrl-C), it leaves a checkpoint and raises KeyboardInterrupt.
@@ -119,7 +120,7 @@ class Trainer:
         lengths = torch.from_numpy(self.train.length[plan.blocks])
         weight = _total_weight(plan, lengths, self.train.spec.num_layers)
         torch.manual_seed(hash((self.config.seed, self.step, self.where.rank)) & 0xFFFFFFFF)
-        rate = schedule(self.step, self.total_steps, self.config.warmup_steps)
+        rate = schedule(self.step, self.total_steps, self.config.warmup_steps, self.config.restarts)
         for group in self.optimizer.param_groups:
             group["lr"] = self.config.learning_rate * rate
         self.predictor.train()
@@ -148,25 +149,33 @@ class Trainer:
             torch.from_numpy(hide[inside]) for hide in (plan.hide_history, plan.hide_token)
         )
         batch = self.train.draw(plan.blocks, plan.hide_gates).hiding(hide_history, hide_token)
+        targets = batch.targets
+        length = torch.from_numpy(self.train.length[plan.blocks])
+        if change := draw_change(self.config, self.train.spec, length):
+            batch, targets = batch.changed(change), change.targets(targets)
         ids, vocabulary = batch.token_ids.numpy(), self.predictor.vocabulary
         rows = vocabulary.rows_of_tokens(ids)
         rare, lone = plan.make_rare[inside], plan.hide_pair[inside]
         rows[rare, :-1] = vocabulary.shared_rows(ids[rare])
         rows[rare | lone, -1] = UNKNOWN_ROW
         seen = torch.from_numpy(plan.seen[inside])
-        return self._summed_loss(self.predictor, batch, torch.from_numpy(rows), seen)[0]
+        return self._summed_loss(self.predictor, batch, targets, torch.from_numpy(rows), seen)[0]
 
     def _summed_loss(
-        self, predictor: nn.Module, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
-    ) -> tuple[Float[Tensor, ""], Float[Tensor, "B P L E"], Float[Tensor, "B L E"]]:
-        batch, rows, seen = (
-            batch.to(self.where.device),
-            rows.to(self.where.device),
-            seen.to(self.where.device),
-        )
+        self,
+        predictor: nn.Module,
+        batch: Batch,
+        targets: Float[Tensor, "B L E"],
+        rows: Int64[Tensor, "B R"],
+        seen: Int64[Tensor, "B P"],
+    ) -> tuple[Float[Tensor, ""], Float[Tensor, "*M B P L E"], Float[Tensor, "B L E"]]:
+        """Loss, logits and targets, on this process's device. Of M answers, the loss is the mean."""
+        batch = batch.to(self.where.device)
+        targets, rows, seen = (tensor.to(self.where.device) for tensor in (targets, rows, seen))
         logits = predictor(batch, rows, seen)
-        weight = unseen(seen, self.train.spec.num_layers)
-        return set_loss(logits, batch.targets, weight), logits, batch.targets
+        spec = self.train.spec
+        loss = (top_one_loss if spec.top_k == 1 else set_loss)(logits, targets, unseen(seen, spec.num_layers))
+        return loss * (targets.numel() * seen.shape[1] / logits.numel()), logits, targets
 
     @torch.no_grad()
     def look(self) -> Look:
@@ -181,7 +190,7 @@ class Trainer:
                 continue
             rows = torch.from_numpy(self.predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
             prefixes = seen.expand(len(rows), -1)
-            loss, logits, targets = self._summed_loss(self.average, batch, rows, prefixes)
+            loss, logits, targets = self._summed_loss(self.average, batch, batch.targets, rows, prefixes)
             hits = targets[:, None].expand_as(logits).gather(-1, logits.topk(spec.top_k).indices).sum(-1)
             ahead = [hits[:, p, int(s)].sum() for p, s in enumerate(seen) if s > 0]
             weight = unseen(prefixes, spec.num_layers).sum()
@@ -253,9 +262,14 @@ class Trainer:
         self.seconds = saved["seconds"]
 
 
-def schedule(step: int, total: int, warmup: int) -> float:
-    """Share of the peak step size: a linear rise, then half a cosine down to 0."""
-    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * step / total))
+def schedule(step: int, total: int, warmup: int, restarts: int = 0) -> float:
+    """Share of the peak step size: a linear rise, then half a cosine down to 0, perhaps again and again.
+
+    Warm restarts: Loshchilov and Hutter 2017, with parts of equal length.
+    """
+    part = total / (restarts + 1)
+    within = step - part * min(int(step / part), restarts)
+    return min(1.0, (step + 1) / max(1, warmup)) * 0.5 * (1 + math.cos(math.pi * within / part))
 
 
 def averaging(decay: float) -> Callable[[Any, Any, Any], None]:

@@ -14,14 +14,25 @@ def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"
     return (layer >= seen[..., None]).float()
 
 
+def top_one_loss(
+    logits: Float[Tensor, "*M B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
+) -> Float[Tensor, ""]:
+    """The same where a layer has one routed expert: the cross-entropy of the softmax, in nats.
+
+    A distribution over the experts has its level, so that nothing else need fix it (`calibration.log_odds`).
+    """
+    softmax = -(targets[:, None] * functional.log_softmax(logits, -1)).sum(-1)
+    return (softmax * weight).sum()
+
+
 def set_loss(
-    logits: Float[Tensor, "B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
+    logits: Float[Tensor, "*M B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
 ) -> Float[Tensor, ""]:
     """Sum over unseen layers of the cross-entropy to the routed set, in nats per routed expert.
 
     Two terms on the same logits. The softmax one compares with 1/K on each routed expert, which is what
-    ranking needs; the sigmoid one fixes the level, so that a logit is that of a probability.
-    Divide by `weight.sum()` for the mean.
+    ranking needs; the sigmoid one fixes the level, so that a logit is that of a probability. Divide by
+    `weight.sum()` for the mean. Answers of several predictors, along M, are added up.
     """
     routed = targets[:, None].expand_as(logits)
     top_k = routed.sum(-1)

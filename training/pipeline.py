@@ -11,12 +11,12 @@ import torch
 
 from model_store.store import open_store
 from speculation.publishing import publish_export
-from training.config import PrefixConfig, TrainConfig
-from training.dataset import Blocks
+from training.config import TrainConfig
 from training.errors import check_same_shape
 from training.export import export
 from training.loop import Trainer
-from training.predictors import PREDICTORS
+from training.predictor_configs import PredictorConfig
+from training.predictors import examples_of, kind_of
 from training.processes import Processes, processes
 from training.run import Run, check_resumable, environment, load_traces, write_run
 from training.vocabulary import Vocabulary
@@ -29,7 +29,8 @@ def train(
     folder: Path,
     model: str | None,
     train_config: TrainConfig,
-    predictor_config: PrefixConfig,
+    predictor: str,
+    predictor_config: PredictorConfig,
     command: str,
     resume: bool = False,
     store: str | None = None,
@@ -37,6 +38,7 @@ def train(
 ) -> None:
     """Train into `folder`; with a `store`, also export and publish there and move `aliases`.
 
+    predictor: the name it goes by (`training.presets`); what it is follows from its config.
     Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
     the folder holds another run, and what exporting and publishing raise.
     """
@@ -47,7 +49,7 @@ def train(
         vocabulary = Vocabulary.of(train_trace.token_ids, train_trace.starts)
         run = Run(
             spec=train_trace.spec,
-            predictor="prefix",
+            predictor=predictor,
             predictor_config=predictor_config,
             train_config=train_config,
             sources=train_sources + validation_sources,
@@ -62,12 +64,12 @@ def train(
         elif where.leads:
             write_run(folder, run)
         torch.manual_seed(train_config.seed)
-        predictor = PREDICTORS[run.predictor](run.spec, predictor_config, run.vocabulary)
+        network = kind_of(predictor_config).network(run.spec, predictor_config, run.vocabulary)
         blocks, looks = (
-            Blocks(trace, train_config.block_tokens, predictor_config)
+            examples_of(trace, train_config.block_tokens, predictor_config)
             for trace in (train_trace, validation_trace)
         )
-        trainer = Trainer(predictor, blocks, looks, train_config, folder, where)
+        trainer = Trainer(network, blocks, looks, train_config, folder, where)
         if resume:
             trainer.resume()
         trainer.fit()

@@ -12,7 +12,7 @@ import numpy as np
 from jaxtyping import Bool, Int64
 
 from training.config import TrainConfig
-from training.dataset import Blocks
+from training.examples import Batch, Examples
 
 
 @dataclass(frozen=True)
@@ -48,12 +48,12 @@ class Plan:
         )
 
 
-def steps_per_pass(blocks: Blocks, config: TrainConfig) -> int:
+def steps_per_pass(blocks: Examples[Batch], config: TrainConfig) -> int:
     """Steps that visit every block once; the last one may be smaller."""
     return -(-len(blocks) // _blocks_per_step(config))
 
 
-def plan_step(blocks: Blocks, config: TrainConfig, step: int) -> Plan:
+def plan_step(blocks: Examples[Batch], config: TrainConfig, step: int) -> Plan:
     """The plan of step `step`, counted from 0 over all passes."""
     in_pass = steps_per_pass(blocks, config)
     order = np.random.default_rng([config.seed, step // in_pass]).permutation(len(blocks))
@@ -61,7 +61,9 @@ def plan_step(blocks: Blocks, config: TrainConfig, step: int) -> Plan:
     chosen = order[first : first + _blocks_per_step(config)]
     rng = np.random.default_rng([config.seed, step, 1])
     shape = (len(chosen), config.block_tokens)
-    seen = rng.integers(0, blocks.spec.num_layers, (*shape, config.prefixes))
+    tried = (len(chosen), 1) if blocks.shares_prefix else shape
+    seen = rng.integers(0, blocks.spec.num_layers, (*tried, config.prefixes))
+    seen = np.broadcast_to(seen, (*shape, config.prefixes)).copy()
     seen[..., 0] = 0  # the whole-token forecast is the main product
     return Plan(
         blocks=chosen,

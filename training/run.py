@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -22,8 +22,10 @@ from model_store.manifest import TraceSource
 from traces.files import digest, load
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, concatenate
-from training.config import PrefixConfig, TrainConfig
+from training.config import TrainConfig
 from training.errors import RunInvalid, check_same_shape
+from training.predictor_configs import PredictorConfig
+from training.presets import PRESETS
 from training.vocabulary import Vocabulary
 
 RECORD = "run.json"
@@ -35,13 +37,14 @@ PACKAGES = ("torch", "onnx", "onnxruntime-gpu", "onnxruntime", "numpy")
 class Run:
     """What a run was asked for.
 
+    predictor: its name; predictor_config: its size, of the type that goes with the name (`training.presets`).
     paths: of the validation traces, where they lay on this machine; everything else goes into the lineage.
     known_ids, known_pairs: the vocabulary.
     """
 
     spec: RoutingSpec
-    predictor: Literal["prefix"]
-    predictor_config: PrefixConfig
+    predictor: str
+    predictor_config: Any
     train_config: TrainConfig
     sources: tuple[TraceSource, ...]
     validation_paths: tuple[Path, ...]
@@ -75,7 +78,8 @@ def write_run(folder: Path, run: Run) -> None:
 def read_run(folder: Path) -> Run:
     """The run of a folder. Raises RunInvalid where there is none or its record is damaged."""
     try:
-        return _RUN.validate_json((folder / RECORD).read_bytes())
+        run = _RUN.validate_json((folder / RECORD).read_bytes())
+        return replace(run, predictor_config=_config_of(folder, run))
     except FileNotFoundError as error:
         raise RunInvalid(
             f"{folder} holds no run: there is no {RECORD}.", remedy="Give a folder made by `specmoe train`."
@@ -88,10 +92,22 @@ def read_run(folder: Path) -> Run:
         ) from error
 
 
+def _config_of(folder: Path, run: Run) -> PredictorConfig:
+    """The predictor's config as an object. Raises RunInvalid, ValidationError."""
+    if run.predictor not in PRESETS:
+        raise RunInvalid(
+            f"{folder / RECORD}: predictor is {run.predictor!r}, expected one of {', '.join(PRESETS)}.",
+            remedy="Train again into a new folder.",
+        )
+    kind = type(PRESETS[run.predictor].config)
+    config: PredictorConfig = TypeAdapter(kind).validate_python(run.predictor_config)
+    return config
+
+
 def check_resumable(folder: Path, run: Run) -> None:
     """Raise RunInvalid where the run in `folder` was asked for otherwise: its lineage would not be true."""
     recorded = read_run(folder)
-    for name in ("spec", "predictor_config", "train_config", "sources"):
+    for name in ("spec", "predictor", "predictor_config", "train_config", "sources"):
         came, expected = getattr(run, name), getattr(recorded, name)
         if came != expected:
             raise RunInvalid(

@@ -14,8 +14,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from model_store.manifest import Coverage
-from training.dataset import Blocks
-from training.predictors.prefix import PrefixPredictor
+from training.calibration import levelled
+from training.examples import Batch, Examples
+from training.predictors.predictor import Predictor
 
 LEVELS = (0.9, 0.95, 0.99)
 # The logits of a token at all its prefixes take L x L x E half-precision numbers, 37 kB for 24 x 32.
@@ -27,7 +28,7 @@ TOKENS_AT_ONCE = 64
 class Survey:
     """Row s of a token is with its first s layers seen; entries of seen layers mean nothing.
 
-    logits: of every expert. targets: whether it was routed.
+    logits: of every expert, as calibration takes them. targets: whether it was routed.
     needed: how many first-ranked experts it takes to have all routed ones.
     """
 
@@ -37,7 +38,9 @@ class Survey:
 
 
 @torch.no_grad()
-def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progress: bool = False) -> Survey:
+def survey(
+    predictor: Predictor, blocks: Examples[Batch], *, token_ids: bool, progress: bool = False
+) -> Survey:
     """Ask the predictor for every prefix of the tokens of `blocks`, with or without their ids.
 
     Where the logits of all would not fit into 1 GiB, blocks evenly spread over the trace are asked.
@@ -58,7 +61,7 @@ def survey(predictor: PrefixPredictor, blocks: Blocks, *, token_ids: bool, progr
             batch = batch.hiding(history=nobody, ids=~nobody)
         rows = torch.from_numpy(predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
         prefixes = seen.expand(len(rows), -1).to(device)
-        logits = predictor(batch.to(device), rows.to(device), prefixes).cpu()
+        logits = levelled(predictor(batch.to(device), rows.to(device), prefixes), spec.top_k).cpu()
         targets = batch.targets.bool()
         parts.append((logits.half().numpy(), targets.numpy(), _needed(logits, targets, spec.top_k).numpy()))
     return Survey(*(np.concatenate(column) for column in zip(*parts, strict=True)))
@@ -85,7 +88,7 @@ def coverage(found: Survey) -> Coverage:
     return Coverage(levels=LEVELS, experts=tuple(tables))
 
 
-def _spread(blocks: Blocks) -> np.ndarray:
+def _spread(blocks: Examples[Batch]) -> np.ndarray:
     spec = blocks.spec
     token_bytes = spec.num_layers * spec.num_layers * spec.num_experts * 2
     most = max(1, MAX_BYTES // (token_bytes * blocks.block_tokens))

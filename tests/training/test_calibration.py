@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from training.calibration import Calibration, fit, two_slopes
+from training.calibration import Calibration, fit, levelled, log_odds, two_slopes
 
 
 def drawn(below: float, above: float, bias: float, count: int = 60_000) -> tuple[np.ndarray, np.ndarray]:
@@ -39,7 +39,7 @@ def test_distances_are_fitted_on_their_own() -> None:
 
 
 def test_tables_are_looked_up_by_layers_seen_and_token_known() -> None:
-    calibration = Calibration(2)
+    calibration = Calibration(2, top_k=2)
     stretched = np.tile(np.array([2.0, 2.0, 0.0], np.float32)[:, None], (2, 1, 2))
     stretched[1, 2, 1] = 5.0  # one layer seen, target layer 1: bias 5
     calibration.set_tables(True, stretched)
@@ -48,3 +48,25 @@ def test_tables_are_looked_up_by_layers_seen_and_token_known() -> None:
     came = calibration(logits, row)
     expected = torch.sigmoid(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [2.0, 7.0]]))
     torch.testing.assert_close(came[..., 0], expected)
+
+
+def test_log_odds_are_those_of_the_softmax() -> None:
+    logits = torch.randn(3, 2, 6) * 3
+    torch.testing.assert_close(torch.sigmoid(log_odds(logits)), logits.softmax(-1))
+
+
+def test_log_odds_of_a_sure_forecast_stay_finite_and_in_order() -> None:
+    odds = log_odds(torch.tensor([200.0, 100.0, 0.0, -300.0]))
+    assert odds.isfinite().all() and (odds[:-1] > odds[1:]).all()
+
+
+def test_only_one_routed_expert_makes_logits_a_distribution() -> None:
+    logits = torch.randn(2, 5)
+    assert torch.equal(levelled(logits, 2), logits) and torch.equal(levelled(logits, 1), log_odds(logits))
+
+
+def test_the_level_of_a_softmax_means_nothing() -> None:
+    calibration, row = Calibration(1, top_k=1), torch.zeros(3, dtype=torch.int32)
+    logits = torch.randn(3, 1, 5)
+    torch.testing.assert_close(calibration(logits, row), calibration(logits + 7, row))
+    torch.testing.assert_close(calibration(logits, row), logits.softmax(-1))

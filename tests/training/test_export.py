@@ -15,6 +15,7 @@ from speculation.runtime import Speculator, State
 from speculation.steps import Steps, step_through
 from tests.training.toy_routing import SPEC, toy_trace
 from tests.training.toy_run import TRAIN, VALIDATION, save_npz
+from tests.training.toy_zoo import TOP_ONE
 from training.calibration import Calibration
 from training.errors import ExportFailed
 from training.evaluate import evaluate
@@ -141,7 +142,7 @@ def test_a_graph_that_says_something_else_is_not_exported(published: Path) -> No
     with torch.no_grad():
         other.head.bias += 1.0
     with pytest.raises(ExportFailed, match=r"predict at token 0: two answers differ by .*, expected 0\.0001"):
-        check_parity(served(other, Calibration(SPEC.num_layers)), stored, VALIDATION)
+        check_parity(served(other, Calibration(SPEC.num_layers, SPEC.top_k)), stored, VALIDATION)
 
 
 def test_it_works_without_token_ids_and_gates(speculator: Speculator) -> None:
@@ -180,13 +181,17 @@ def test_resuming_a_finished_run_publishes_the_next_version(published: Path, tmp
 
 
 def test_traces_without_token_ids_make_a_version_without_repeats(tmp_path: Path) -> None:
+    """And a router that picks one expert makes one as any other."""
     train, validation = (
-        save_npz(toy_trace((60, 40), seed=seed, token_ids=False), tmp_path / f"{seed}.npz") for seed in (1, 2)
+        save_npz(toy_trace((60, 40), spec=TOP_ONE, seed=seed, token_ids=False), tmp_path / f"{seed}.npz")
+        for seed in (1, 2)
     )
     files = ["--traces", str(train), "--validation", str(validation), "--run", str(tmp_path / "run")]
     publish = ["--publish", "--store", str(tmp_path / "store")]
-    assert main(["train", *files, *SMALL, "--passes", "1", *publish]) == 0
+    assert main(["train", *files, *SMALL, *publish]) == 0
     manifest = open_store(tmp_path / "store").manifest("toy", 1)
+    scores = manifest.metrics["validation"]["1"]
+    assert manifest.spec.top_k == 1 and scores["hit_at_1"] == scores["recall_at_k"] > 1.2 / 8
     assert [tensor.name for tensor in manifest.state] == ["context", "previous", "averages"]
     assert [tensor.name for tensor in manifest.token] == ["start"]
 
@@ -196,10 +201,16 @@ def test_traces_without_token_ids_make_a_version_without_repeats(tmp_path: Path)
     [
         (lambda run: (run / "run.json").unlink(), "holds no run"),
         (lambda run: (run / "run.json").write_text("{"), "run.json: the file: Invalid JSON"),
+        (
+            lambda run: (run / "run.json").write_text(
+                (run / "run.json").read_text().replace('"prefix"', '"oracle"')
+            ),
+            "predictor is 'oracle', expected one of prefix, interlayer",
+        ),
         (lambda run: (run / CHECKPOINT).unlink(), "does not exist"),
         (lambda run: (run / CHECKPOINT).write_bytes(b"damaged"), "is damaged"),
     ],
-    ids=["no record", "damaged record", "no checkpoint", "damaged checkpoint"],
+    ids=["no record", "damaged record", "unknown predictor", "no checkpoint", "damaged checkpoint"],
 )
 def test_a_folder_that_is_no_run_is_refused(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], change: object, message: str

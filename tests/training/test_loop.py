@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.training.toy_run import PREDICTOR, toy_trainer
+from tests.training.toy_run import ALONE, PREDICTOR, TRAIN, VALIDATION, toy_trainer
+from tests.training.toy_zoo import SMALL
 from training import checkpoint
 from training.config import PrefixConfig, TrainConfig
 from training.errors import RunInvalid, TrainingError
-from training.loop import CHECKPOINT, averaging, schedule
+from training.loop import CHECKPOINT, Trainer, averaging, schedule
+from training.predictors import examples_of, kind_of
+from training.vocabulary import Vocabulary
 
 CONFIG = TrainConfig(passes=3, batch_tokens=32, block_tokens=8, warmup_steps=2, averaging=0.9)
 
@@ -82,6 +85,26 @@ def test_a_loss_that_is_no_number_says_what_to_lower(tmp_path: Path) -> None:
 def test_step_sizes_rise_then_fall_to_zero() -> None:
     rates = [schedule(step, 100, 10) for step in range(101)]
     assert rates[0] < rates[5] < rates[9] and rates[9] > rates[50] > rates[99] > rates[100] == 0.0
+
+
+def test_a_restart_begins_again_at_the_peak() -> None:
+    rates = [schedule(step, 90, 1, restarts=2) for step in range(91)]
+    assert rates[0] == rates[30] == rates[60] == 1.0 and rates[90] == 0.0
+    assert max(rates[29], rates[59], rates[89]) < 0.01
+    assert rates[:30] == pytest.approx(rates[30:60])
+
+
+@pytest.mark.parametrize("name", ["interlayer", "multiscale"])
+def test_large_steps_do_not_diverge(tmp_path: Path, name: str) -> None:
+    config = TrainConfig(passes=8, batch_tokens=32, block_tokens=8, learning_rate=0.1, warmup_steps=1)
+    torch.manual_seed(0)
+    network = kind_of(SMALL[name]).network(
+        TRAIN.spec, SMALL[name], Vocabulary.of(TRAIN.token_ids, TRAIN.starts)
+    )
+    train, validation = (examples_of(trace, 8, SMALL[name]) for trace in (TRAIN, VALIDATION))
+    trainer = Trainer(network, train, validation, config, tmp_path, ALONE)
+    losses = [trainer.take_step() for _ in range(trainer.total_steps)]
+    assert max(losses[4:]) < 2 * losses[0] and sum(losses[-4:]) / 4 < losses[0]
 
 
 def test_the_first_average_is_nearly_the_weights() -> None:

@@ -32,7 +32,7 @@ def predictor() -> PrefixPredictor:
 
 def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.Tensor:
     """Probabilities for the last of these tokens of a sequence, its first `seen` layers known."""
-    functions = graphs_of(predictor, Calibration(predictor.spec.num_layers))
+    functions = graphs_of(predictor, Calibration(predictor.spec.num_layers, predictor.spec.top_k))
     state = {t.name: torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in functions.state}
     assert TRAIN.token_ids is not None and TRAIN.gates is not None
     with torch.no_grad():

@@ -21,7 +21,6 @@ through. What is served is the same, taken apart into steps (`training.predictor
 from __future__ import annotations
 
 import math
-from typing import ClassVar
 
 import torch
 from jaxtyping import Float, Int64
@@ -33,6 +32,7 @@ from training.config import PrefixConfig
 from training.dataset import Batch
 from training.dropout import dropout
 from training.errors import ConfigInvalid
+from training.predictors.predictor import Predictor
 from training.repeats import ORDERS
 from training.vocabulary import Vocabulary
 
@@ -62,13 +62,11 @@ class Residual(nn.Module):
         return x + self.narrow(dropout(hidden, self.dropout, self.training))
 
 
-class PrefixPredictor(nn.Module):
+class PrefixPredictor(Predictor):
     """The trainable form: dense inputs, several prefixes of the same token at once.
 
     spec, config, vocabulary: what it is for; kept for export. Without a vocabulary, repeats are not used.
     """
-
-    name: ClassVar[str] = "prefix"
 
     def __init__(self, spec: RoutingSpec, config: PrefixConfig, vocabulary: Vocabulary) -> None:
         super().__init__()

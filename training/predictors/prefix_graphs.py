@@ -13,20 +13,18 @@ holds no more than the weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
-
 import numpy as np
 import torch
 from jaxtyping import Float, Int, Int32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
-from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, StateTensor
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
 from training.predictors.prefix import PrefixPredictor
 from training.repeats import ORDERS, place_weights
+from training.served import Served, tensor
 from training.vocabulary import PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 
 # Expert ids below it fit into a byte.
@@ -38,11 +36,9 @@ LIKE_NONE = -(2**31)
 PER_WEIGHT = 255
 
 
-@dataclass(frozen=True)
-class Served:
-    """What is exported, and what it passes on.
+def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
+    """The four functions of a trained predictor, and what they pass on.
 
-    graphs: by file name. reads: which tensors of the state each takes, in their order; other inputs follow.
     state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
     in bytes; averages, the others; ids of the window's tokens, newest first, + 1, 0 where unknown, negative
     but for those that came after the same id as the next token does; routed, their experts.
@@ -51,30 +47,19 @@ class Served:
     progress: seen, the number of the last layer + 1; told, what the layers seen add to x (`Step`).
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
-
-    graphs: Mapping[GraphName, nn.Module]
-    reads: Mapping[GraphName, tuple[str, ...]]
-    state: tuple[StateTensor, ...]
-    token: tuple[StateTensor, ...]
-    progress: tuple[StateTensor, ...]
-    exact: tuple[str, ...] = ()
-
-
-def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
-    """The four functions of a trained predictor."""
     spec, config = predictor.spec, predictor.config
     layers, experts = spec.num_layers, spec.num_experts
-    state = [_tensor("context", "float32", config.width)]
-    state += [_tensor("previous", "uint8", 1, layers, experts)]
-    state += [_tensor("averages", "float32", len(config.decays) - 1, layers, experts)]
-    token = [_tensor("start", "float32", config.width)]
+    state = [tensor("context", "float32", config.width)]
+    state += [tensor("previous", "uint8", 1, layers, experts)]
+    state += [tensor("averages", "float32", len(config.decays) - 1, layers, experts)]
+    token = [tensor("start", "float32", config.width)]
     remembered: tuple[str, ...] = ()
     if predictor.reads_ids:
         small = "uint8" if experts <= BYTE_VALUES else "int32"
-        state += [_tensor("ids", "int32", 1, config.window)]
-        state += [_tensor("routed", small, config.window, layers * spec.top_k)]
-        token += [_tensor("repeats", "uint8", ORDERS, layers, experts)]
-        token += [_tensor("usual", "float32", 1, layers, experts), _tensor("first_row", "int32")]
+        state += [tensor("ids", "int32", 1, config.window)]
+        state += [tensor("routed", small, config.window, layers * spec.top_k)]
+        token += [tensor("repeats", "uint8", ORDERS, layers, experts)]
+        token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
         remembered = ("ids", "routed")
     begin, step = Begin(predictor, calibration), Step(predictor, calibration)
     return Served(
@@ -87,13 +72,9 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         },
         state=tuple(state),
         token=tuple(token),
-        progress=(_tensor("seen", "int32"), _tensor("told", "float32", 2 * config.width)),
+        progress=(tensor("seen", "int32"), tensor("told", "float32", 2 * config.width)),
         exact=("fading.weight",),  # which step has in a table
     )
-
-
-def _tensor(name: str, dtype: str, *shape: int) -> StateTensor:
-    return StateTensor.model_validate({"name": name, "dtype": dtype, "shape": shape})
 
 
 class Begin(nn.Module):

@@ -1,0 +1,36 @@
+"""The loss: what it comes to for routers that pick one expert, and for mixed targets."""
+
+import pytest
+import torch
+from torch.nn import functional
+
+from training.loss import set_loss, top_one_loss, unseen
+
+SEEN = torch.tensor([[0, 2], [0, 1]])
+
+
+def test_with_one_routed_expert_it_is_the_cross_entropy() -> None:
+    logits, expert = torch.randn(2, 2, 3, 5), torch.randint(5, (2, 3))
+    weight = unseen(SEEN, 3)
+    came = top_one_loss(logits, functional.one_hot(expert, 5).float(), weight)
+    rows = weight.bool()
+    expected = functional.cross_entropy(logits[rows], expert[:, None].expand(2, 2, 3)[rows], reduction="sum")
+    torch.testing.assert_close(came, expected)
+
+
+@pytest.mark.parametrize("loss", [set_loss, top_one_loss])
+def test_answers_of_several_are_scored_alone_and_added_up(loss: object) -> None:
+    assert callable(loss)
+    logits, weight = torch.randn(3, 2, 2, 3, 5), unseen(SEEN, 3)
+    targets = functional.one_hot(torch.randint(5, (2, 3)), 5).float()
+    expected = sum(loss(member, targets, weight) for member in logits)
+    torch.testing.assert_close(loss(logits, targets, weight), expected)
+
+
+@pytest.mark.parametrize("loss", [set_loss, top_one_loss])
+def test_the_loss_of_a_mixture_is_the_mixture_of_losses(loss: object) -> None:
+    assert callable(loss)
+    logits, weight = torch.randn(2, 2, 3, 5), unseen(SEEN, 3)
+    one, other = (functional.one_hot(torch.randint(5, (2, 3)), 5).float() for _ in range(2))
+    expected = 0.7 * loss(logits, one, weight) + 0.3 * loss(logits, other, weight)
+    torch.testing.assert_close(loss(logits, 0.7 * one + 0.3 * other, weight), expected)
