@@ -62,8 +62,8 @@ def capacity_of(spec: RoutingSpec, share: float) -> int:
     capacity = round(share * spec.num_layers * spec.num_experts)
     if not 0 < share <= 1 or capacity < spec.top_k:
         raise EvaluationError(
-            f"A cache share of {share} is {capacity} of {spec.num_layers * spec.num_experts} experts, expected"
-            f" {spec.top_k} at least and all at most.",
+            f"A cache share of {share} is {capacity} of {spec.num_layers * spec.num_experts} experts,"
+            f" expected {spec.top_k} at least and all at most.",
             remedy="Give a share above 0, up to 1, that holds the experts of one layer.",
         )
     return capacity
@@ -155,7 +155,7 @@ class LeastRecent:
 
 
 class DecayedFrequency:
-    """LFU whose counts fade by `decay` a token; 1 is plain LFU. Of equal counts, the lower pair goes first."""
+    """LFU whose counts fade by `decay` a token; 1 is plain LFU."""
 
     def __init__(self, spec: RoutingSpec, decay: float = 1.0) -> None:
         self._counts: Float64[np.ndarray, "F"] = np.zeros(spec.num_layers * spec.num_experts)
@@ -178,8 +178,8 @@ class DecayedFrequency:
 class Clairvoyant:
     """Knows the future: what is used again last is worth least. No demand-fetching cache has more hits.
 
-    L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5(2),
-    1966; here a layer's experts come and are needed together.
+    L. A. Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal
+    5(2), 1966; here a layer's experts come and are needed together.
     """
 
     def __init__(self, trace: RoutingTrace) -> None:

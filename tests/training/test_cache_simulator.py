@@ -4,7 +4,7 @@ from collections import OrderedDict
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.training.toy_routing import SPEC, toy_trace
@@ -100,6 +100,7 @@ def traces(draw: st.DrawFn, top_k: int = 2) -> RoutingTrace:
     return trace_of(draw(st.lists(token, min_size=1, max_size=25)), experts)
 
 
+@settings(deadline=None, max_examples=30)
 @given(traces(), st.data(), st.booleans())
 def test_nobody_beats_foresight(trace: RoutingTrace, data: st.DataObject, by_layer: bool) -> None:
     spec = trace.spec
@@ -112,6 +113,7 @@ def test_nobody_beats_foresight(trace: RoutingTrace, data: st.DataObject, by_lay
     assert hits["clairvoyant"] == max(hits.values())
 
 
+@settings(deadline=None, max_examples=30)
 @given(traces())
 def test_room_for_all_misses_each_expert_once(trace: RoutingTrace) -> None:
     everything = trace.spec.num_layers * trace.spec.num_experts
@@ -119,6 +121,7 @@ def test_room_for_all_misses_each_expert_once(trace: RoutingTrace) -> None:
         assert simulate(trace, policy, everything).misses == len(np.unique(pairs_of(trace)))
 
 
+@settings(deadline=None, max_examples=30)
 @given(traces(top_k=1), st.data())
 def test_least_recent_is_what_an_ordered_table_keeps(trace: RoutingTrace, data: st.DataObject) -> None:
     capacity = data.draw(st.integers(1, trace.spec.num_layers * trace.spec.num_experts))
@@ -133,6 +136,7 @@ def test_least_recent_is_what_an_ordered_table_keeps(trace: RoutingTrace, data: 
     assert simulate(trace, LeastRecent(trace.spec), capacity).hits == hits
 
 
+@settings(deadline=None, max_examples=30)
 @given(traces())
 def test_next_uses_are_where_a_search_finds_them(trace: RoutingTrace) -> None:
     pairs = pairs_of(trace)
