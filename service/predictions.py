@@ -17,12 +17,12 @@ import orjson
 from jaxtyping import Float32
 from pydantic import ValidationError
 
-from service.answers import list_sizes, per_sequence, union
+from service.answers import list_sizes, outlook, per_sequence, union
 from service.batch import Batch, check_size, misfit, to_batch, wanted_layers
 from service.explain import explained
 from service.loading import Running
 from service.middleware import Exchange
-from service.prediction import predict
+from service.prediction import predict, predict_with_outlook
 from service.schemas import PREDICT_REQUEST, PredictRequest
 from service.serving import Serving
 from service.settings import Settings
@@ -61,7 +61,7 @@ class Predictions:
         )
         running = await self._serving.get(request.model, request.version)
         exchange.running = running
-        if rows == len(request.sequences) <= INLINE_ROWS:
+        if rows == len(request.sequences) <= INLINE_ROWS and not request.outlook:
             question = Question(request, running)
             try:
                 return question.answer(await self._together.predict(running, question.batch))
@@ -93,8 +93,12 @@ class Question:
         self._request, self._running = request, running
         self._sizes = list_sizes(request, running, self.batch, wanted_layers(request, spec, self.batch))
 
-    def answer(self, probabilities: Float32[np.ndarray, "B L E"]) -> bytes:
-        """What the model says, as JSON."""
+    def answer(
+        self,
+        probabilities: Float32[np.ndarray, "B L E"],
+        uses: Float32[np.ndarray, "B L E"] | None = None,
+    ) -> bytes:
+        """What the model says, as JSON. uses: its outlook, where that was asked for."""
         running, request, spec = self._running, self._request, self._running.speculator.spec
         together = request.combine == "union"
         return orjson.dumps(
@@ -105,6 +109,7 @@ class Question:
                 if together
                 else per_sequence(probabilities, self._sizes, self.batch, spec),
                 "union": union(probabilities, self._sizes, request, spec) if together else None,
+                **({} if uses is None else {"outlook": outlook(uses, request, running)}),
             }
         )
 
@@ -114,12 +119,15 @@ class Question:
 
 
 def compute(request: PredictRequest, running: Running) -> bytes:
-    """The answer of a version, worked out at once. Raises RequestInvalid or CoverageUnknown."""
+    """The answer of a version, worked out at once. Raises RequestInvalid, CoverageUnknown, OutlookUnknown."""
     question = Question(request, running)
     began = time.perf_counter()
     try:
-        probabilities = predict(running.speculator, question.batch)
+        if request.outlook:
+            probabilities, uses = predict_with_outlook(running.speculator, question.batch)
+        else:
+            probabilities, uses = predict(running.speculator, question.batch), None
     except InputInvalid as error:
         raise question.misfit(error) from None
     running.metrics.model_seconds.observe(time.perf_counter() - began)
-    return question.answer(probabilities)
+    return question.answer(probabilities, uses)

@@ -12,10 +12,7 @@ import shlex
 import sys
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from training.config import PrefixConfig, TrainConfig
+from typing import Any
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", help="where to publish: a folder or s3://bucket/prefix")
     parser.add_argument("--alias", action="append", default=[], help="alias to move to the new version")
     for config in (TrainConfig, PrefixConfig):
-        _add_fields(parser.add_argument_group(config.__name__), config)
+        add_fields(parser.add_argument_group(config.__name__), config)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -47,9 +44,9 @@ def run(args: argparse.Namespace) -> int:
         validation=tuple(args.validation),
         folder=args.run,
         model=args.model,
-        train_config=_config(TrainConfig, args),
-        predictor_config=_config(PrefixConfig, args),
-        command=_told(sys.argv[1:]),
+        train_config=config_of(TrainConfig, args),
+        predictor_config=config_of(PrefixConfig, args),
+        command=told(sys.argv[1:]),
         resume=args.resume,
         store=args.store if args.publish else None,
         aliases=tuple(args.alias),
@@ -57,12 +54,12 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(arguments: list[str]) -> str:
+def told(arguments: list[str]) -> str:
     """The command as the lineage tells it: files by name, since folders are this machine's own business."""
     return shlex.join(["specmoe", *(Path(a).name if "/" in a and "://" not in a else a for a in arguments)])
 
 
-def _add_fields(group: Any, config: type[TrainConfig] | type[PrefixConfig]) -> None:
+def add_fields(group: Any, config: type[Any]) -> None:
     helps = dict(line.strip().split(": ", 1) for line in (config.__doc__ or "").splitlines() if ": " in line)
     for field in fields(config):
         default = field.default
@@ -77,6 +74,6 @@ def _add_fields(group: Any, config: type[TrainConfig] | type[PrefixConfig]) -> N
         )
 
 
-def _config(kind: type[Any], args: argparse.Namespace) -> Any:
+def config_of(kind: type[Any], args: argparse.Namespace) -> Any:
     values = {field.name: getattr(args, field.name) for field in fields(kind)}
     return kind(**{name: tuple(v) if isinstance(v, list) else v for name, v in values.items()})
