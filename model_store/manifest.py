@@ -1,6 +1,7 @@
 """What a version says of itself: `manifest.json`, read before any of its other files is trusted.
 
-<store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}; some have begin.onnx and step.onnx
+<store>/<model>/<version>/{predict.onnx, advance.onnx, manifest.json}; some have begin.onnx and step.onnx,
+some outlook.onnx
 """
 
 from __future__ import annotations
@@ -9,7 +10,14 @@ import math
 from datetime import datetime
 from typing import Annotated, Any, Final, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    model_serializer,
+    model_validator,
+)
 
 from traces.spec import RoutingSpec
 
@@ -18,11 +26,12 @@ PREDICT: Final = "predict.onnx"
 ADVANCE: Final = "advance.onnx"
 BEGIN: Final = "begin.onnx"
 STEP: Final = "step.onnx"
+OUTLOOK: Final = "outlook.onnx"
 MANIFEST: Final = "manifest.json"
 # Of one sequence; thousands of sequences may have theirs in memory at once.
 MAX_STATE_ELEMENTS = 1 << 22
 
-GraphName = Literal["predict.onnx", "advance.onnx", "begin.onnx", "step.onnx"]
+GraphName = Literal["predict.onnx", "advance.onnx", "begin.onnx", "step.onnx", "outlook.onnx"]
 Probability = Annotated[float, Field(ge=0.0, le=1.0)]
 
 
@@ -106,6 +115,19 @@ class TraceSource(Part):
     sequences: Annotated[int, Field(ge=1)]
 
 
+class Outlook(Part):
+    """What outlook.onnx tells: how probable a use of each expert is within the next `tokens` tokens.
+
+    golden: what it must tell, L x E probabilities, after `speculation.golden` fed it made-up routing.
+    metrics[split][metric], lineage: of this graph alone, which is trained after the others.
+    """
+
+    tokens: Annotated[int, Field(ge=1)]
+    golden: tuple[tuple[Probability, ...], ...]
+    metrics: dict[str, dict[str, float]]
+    lineage: Lineage
+
+
 class Draft(Part):
     """A manifest before it is published: everything but the version's number, its time and its files."""
 
@@ -127,12 +149,18 @@ class Draft(Part):
     # What predict must answer, L x E probabilities, after `speculation.golden` fed it made-up routing.
     golden: tuple[tuple[Probability, ...], ...]
     lineage: Lineage
+    # None: the version has no outlook.onnx.
+    outlook: Outlook | None = None
 
     @model_validator(mode="after")
     def _shapes_follow_the_spec(self) -> Self:
         layers, experts = self.spec.num_layers, self.spec.num_experts
-        if len(self.golden) != layers or any(len(row) != experts for row in self.golden):
-            raise ValueError(f"golden must be {layers} x {experts}, as the spec says")
+        goldens = {"golden": self.golden}
+        if self.outlook is not None:
+            goldens["outlook.golden"] = self.outlook.golden
+        for name, golden in goldens.items():
+            if len(golden) != layers or any(len(row) != experts for row in golden):
+                raise ValueError(f"{name} must be {layers} x {experts}, as the spec says")
         for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
             if len(table) != layers or any(n > experts for row in table for n in row):
                 raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
@@ -143,6 +171,14 @@ class Draft(Part):
         if bool(self.token) != bool(self.progress):
             raise ValueError("token and progress belong together: begin makes the one, step the other")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """An older specMoE, which refuses fields it does not know, reads a version that has no outlook."""
+        fields: dict[str, Any] = write(self)
+        if self.outlook is None:
+            fields.pop("outlook", None)
+        return fields
 
 
 class Manifest(Draft):
@@ -163,6 +199,8 @@ class Manifest(Draft):
                 f"files has {_listed(came)} of {BEGIN} and {STEP}, expected {_listed(incremental)}: "
                 f"both where token and progress are described, else none"
             )
+        if (OUTLOOK in self.files) != (self.outlook is not None):
+            raise ValueError(f"{OUTLOOK} and its description belong together: files or outlook lacks it")
         return self
 
 

@@ -24,6 +24,8 @@ from traces.spec import RoutingSpec
 DEFAULT_TOP_K_MULTIPLE = 2
 # Calibration is good to about a percent; more decimals are bytes on the wire.
 DECIMALS = 6
+# An outlook has all experts of all layers.
+OUTLOOK_DECIMALS = 4
 
 Wanted = Bool[np.ndarray, "B L"]
 Sizes = Int64[np.ndarray, "B L"]
@@ -95,6 +97,14 @@ def union(
         }
         for layer in np.flatnonzero(sizes.any(axis=0))
     ]
+
+
+def outlook(uses: Probabilities, request: PredictRequest, running: Running) -> dict[str, Any]:
+    """As `service.schemas.Outlook`; for the union one table, of a use by any sequence."""
+    described = running.speculator.manifest.outlook
+    tables = union_demand(uses)[None] if request.combine == "union" else uses
+    rounded = np.round(tables.astype(np.float64), OUTLOOK_DECIMALS)
+    return {"tokens": described.tokens if described else 0, "uses": rounded.tolist()}
 
 
 def _top_n(request: PredictRequest, spec: RoutingSpec) -> int:

@@ -20,11 +20,22 @@ def predict(speculator: Speculator, batch: Batch) -> Float32[np.ndarray, "B L E"
         # No context: every row is a current token, and picking them would cost as much as checking them.
         state = speculator.initial_state(len(batch.current))
         return speculator.predict(state, batch.token_ids, batch.experts, batch.gates)
+    return _predict(speculator, batch, replay(speculator, batch))
+
+
+def predict_with_outlook(
+    speculator: Speculator, batch: Batch
+) -> tuple[Float32[np.ndarray, "B L E"], Float32[np.ndarray, "B L E"]]:
+    """Probabilities, as `predict` gives them, and the outlook after each context. Raises OutlookUnknown."""
+    state = replay(speculator, batch)
+    uses = speculator.outlook(state)
+    return _predict(speculator, batch, state), uses
+
+
+def _predict(speculator: Speculator, batch: Batch, state: State) -> Float32[np.ndarray, "B L E"]:
     current = batch.current
     gates = None if batch.gates is None else batch.gates[current]
-    return speculator.predict(
-        replay(speculator, batch), batch.token_ids[current], batch.experts[current], gates
-    )
+    return speculator.predict(state, batch.token_ids[current], batch.experts[current], gates)
 
 
 def replay(speculator: Speculator, batch: Batch) -> State:

@@ -18,7 +18,7 @@ from service.batch import check_size
 from service.explain import explained
 from service.loading import Running
 from service.middleware import Exchange
-from service.prediction import predict
+from service.prediction import predict, predict_with_outlook
 from service.question import Question, answered
 from service.schemas import PREDICT_REQUEST, PredictRequest
 from service.serving import Serving
@@ -57,7 +57,7 @@ class Predictions:
         )
         running = await self._serving.get(request.model, request.version)
         exchange.running = running
-        if rows == len(request.sequences) <= INLINE_ROWS:
+        if rows == len(request.sequences) <= INLINE_ROWS and not request.outlook:
             question = Question(request, running)
             try:
                 return await self._together.answer(question)
@@ -81,11 +81,14 @@ def parse(body: bytes) -> PredictRequest:
 
 
 def compute(request: PredictRequest, running: Running) -> bytes:
-    """The answer of a version, worked out at once. Raises RequestInvalid or CoverageUnknown."""
+    """The answer of a version, worked out at once. Raises RequestInvalid, CoverageUnknown, OutlookUnknown."""
     question = Question(request, running)
     began = time.perf_counter()
     try:
-        probabilities = predict(running.speculator, question.batch)
+        if request.outlook:
+            probabilities, question.uses = predict_with_outlook(running.speculator, question.batch)
+        else:
+            probabilities = predict(running.speculator, question.batch)
     except InputInvalid as error:
         raise question.misfit(error) from None
     running.metrics.model_seconds.observe(time.perf_counter() - began)

@@ -53,6 +53,7 @@ KINDS: dict[type[SpecMoEError], Kind] = {
     speculation.SpeculationError: INTERNAL,
     speculation.InputInvalid: INVALID_REQUEST,
     speculation.CoverageUnknown: INVALID_REQUEST,
+    speculation.OutlookUnknown: INVALID_REQUEST,
     speculation.ProviderUnavailable: VERSION_REFUSED,
     speculation.GraphFailed: INTERNAL,
     speculation.GraphRefused: VERSION_REFUSED,

@@ -14,7 +14,7 @@ import numpy as np
 import orjson
 from jaxtyping import Float32
 
-from service.answers import list_sizes, per_sequence, union
+from service.answers import list_sizes, outlook, per_sequence, union
 from service.batch import Batch, joined, misfit, to_batch, wanted_layers
 from service.loading import Running
 from service.schemas import PredictRequest
@@ -26,7 +26,10 @@ class Question:
     """A request as arrays. Raises RequestInvalid or CoverageUnknown where it does not fit the version.
 
     sizes: how many experts each sequence's layer gets. of_all: whether its sequences are answered together.
+    uses: the outlook, once it is known, where it was asked for.
     """
+
+    uses: Float32[np.ndarray, "B L E"] | None = None
 
     def __init__(self, request: PredictRequest, running: Running) -> None:
         spec = running.speculator.spec
@@ -50,6 +53,7 @@ class Question:
                 "version": running.version,
                 "predictions": predictions,
                 "union": demand,
+                **({} if self.uses is None else {"outlook": outlook(self.uses, self._request, running)}),
             }
         )
 

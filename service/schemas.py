@@ -109,6 +109,11 @@ class PredictRequest(Request):
         "per_sequence",
         description="`union`: one list for the whole batch, by the probability that a sequence needs it.",
     )
+    outlook: bool = Field(
+        False,
+        description="Also tell how probable a use of each expert is within the next tokens: what to keep. "
+        "Refused where the version has no outlook.",
+    )
 
 
 PREDICT_REQUEST: TypeAdapter[PredictRequest] = TypeAdapter(PredictRequest)
@@ -134,6 +139,17 @@ class UnionPrediction(BaseModel):
     )
 
 
+class Outlook(BaseModel):
+    """What a cache should keep, asked for with `outlook`."""
+
+    tokens: int = Field(description="How far it looks: the token in progress and those after it.")
+    uses: list[list[list[Probability]]] = Field(
+        description="uses[i][l][e]: probability that sequence i uses expert e of layer l within so many "
+        "tokens; with `combine: union` one table, of a use by any sequence. By the context alone: what is "
+        "known of the token in progress counts for `predictions`."
+    )
+
+
 class PredictResponse(BaseModel):
     """`predictions[i]` belongs to `sequences[i]`; with `combine: union` there is one list, in `union`."""
 
@@ -141,6 +157,7 @@ class PredictResponse(BaseModel):
     version: int = Field(description="The version that answered.")
     predictions: list[list[LayerPrediction]] | None
     union: list[UnionPrediction] | None
+    outlook: Outlook | None = Field(None, description="There where it was asked for.")
 
 
 class SpecSummary(BaseModel):

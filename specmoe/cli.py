@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "traces": "import routing traces and tell how predictable they are",
     "train": "train a predictor from routing traces",
     "export": "turn a training run into ONNX graphs and a manifest",
+    "outlook": "train what tells a cache which experts to keep",
     "publish": "put an exported predictor into a store as a new version",
     "evaluate": "score a version, as it would be served, on traces",
     "store": "list, show, verify versions and move aliases",

@@ -4,6 +4,7 @@ SpecMoEError
 └── SpeculationError
     ├── InputInvalid         an array or an option of the caller is not what it must be
     ├── CoverageUnknown      no coverage table answers the question
+    ├── OutlookUnknown       the version has no graph that tells of later tokens
     ├── ProviderUnavailable  the accelerator asked for does not work here
     ├── GraphFailed          a graph stopped at what it was given
     └── GraphRefused         a version's graphs are not what its manifest promises
@@ -25,6 +26,10 @@ class InputInvalid(SpeculationError):
 
 class CoverageUnknown(SpeculationError):
     """No coverage table answers the question."""
+
+
+class OutlookUnknown(SpeculationError):
+    """The version has no graph that tells which experts later tokens will use."""
 
 
 class ProviderUnavailable(SpeculationError):

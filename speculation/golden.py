@@ -45,15 +45,25 @@ def golden_probabilities(speculator: Speculator) -> Float[np.ndarray, "L E"]:
     return _unseen(speculator.predict(state, token_ids, experts, gates)[0])
 
 
+def golden_uses(speculator: Speculator) -> Float[np.ndarray, "L E"]:
+    """What its outlook is at the last token's start."""
+    uses: Float[np.ndarray, "L E"] = speculator.outlook(_last_token(speculator)[0])[0]
+    return uses
+
+
 def check_golden(speculator: Speculator) -> None:
     """Raises GoldenMismatch where the answer is no probability or not the published one.
 
-    A version that can go step by step must come to the same answer layer by layer.
+    A version that can go step by step must come to the same answer layer by layer; one that has an outlook
+    must tell the published one.
     """
-    _check(speculator, "predicts", golden_probabilities(speculator))
+    golden = speculator.manifest.golden
+    _check(speculator, "predicts", golden_probabilities(speculator), golden)
     if STEP in speculator.graphs:
         stepped = step_through(Steps(speculator), *_last_token(speculator), at_once=1)[0]
-        _check(speculator, "predicts, step by step,", _unseen(stepped))
+        _check(speculator, "predicts, step by step,", _unseen(stepped), golden)
+    if speculator.manifest.outlook is not None:
+        _check(speculator, "expects", golden_uses(speculator), speculator.manifest.outlook.golden)
 
 
 def _last_token(
@@ -74,7 +84,12 @@ def _unseen(probabilities: Float32[np.ndarray, "L E"]) -> Float32[np.ndarray, "L
     return np.where(np.arange(len(probabilities))[:, None] < len(probabilities) // 2, 0.0, probabilities)
 
 
-def _check(speculator: Speculator, predicts: str, came: Float[np.ndarray, "L E"]) -> None:
+def _check(
+    speculator: Speculator,
+    predicts: str,
+    came: Float[np.ndarray, "L E"],
+    golden: tuple[tuple[float, ...], ...],
+) -> None:
     possible = (came >= 0) & (came <= 1)  # NaN is neither
     if not possible.all():
         layer, expert = np.argwhere(~possible)[0]
@@ -83,11 +98,11 @@ def _check(speculator: Speculator, predicts: str, came: Float[np.ndarray, "L E"]
             "expected a probability.",
             remedy="Train or export it again; do not serve it.",
         )
-    difference = np.abs(came - np.asarray(speculator.manifest.golden, np.float32))
+    difference = np.abs(came - np.asarray(golden, np.float32))
     if difference.max() > TOLERANCE:
         layer, expert = np.unravel_index(difference.argmax(), difference.shape)
         raise GoldenMismatch(
             f"{speculator.origin} {predicts} {came[layer, expert]:.4f} for layer {layer}, expert {expert} on "
-            f"{speculator.provider}, its manifest promises {speculator.manifest.golden[layer][expert]:.4f}.",
+            f"{speculator.provider}, its manifest promises {golden[layer][expert]:.4f}.",
             remedy="Export it again, or run it on the provider it was checked on (`cpu`).",
         )

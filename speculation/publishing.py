@@ -12,7 +12,7 @@ from pathlib import Path
 
 from model_store.documents import MAX_DOCUMENT_BYTES, MAX_FILE_BYTES, complete, read_draft
 from model_store.errors import FileRefused
-from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, Manifest
+from model_store.manifest import ADVANCE, BEGIN, OUTLOOK, PREDICT, STEP, Draft, GraphName, Manifest
 from model_store.store import Store, StoredVersion
 from speculation.golden import check_golden
 from speculation.runtime import Speculator
@@ -27,12 +27,21 @@ def publish_export(folder: Path, store: Store, *, aliases: Sequence[str] = ()) -
     `Store.publish` raises.
     """
     draft = read_draft(_read(folder / DRAFT, MAX_DOCUMENT_BYTES), origin=str(folder / DRAFT))
-    names: tuple[GraphName, ...] = (PREDICT, ADVANCE, BEGIN, STEP) if draft.token else (PREDICT, ADVANCE)
-    graphs = {name: _read(folder / name, MAX_FILE_BYTES) for name in names}
+    graphs = {name: _read(folder / name, MAX_FILE_BYTES) for name in _graphs_of(draft)}
     # The number is given by the store; until then it is the first of its kind.
     unpublished = StoredVersion(complete(draft, 1, graphs), graphs)
     check_golden(Speculator(unpublished, provider="cpu", origin=str(folder)))
     return store.publish(draft, graphs, aliases=aliases)
+
+
+def _graphs_of(draft: Draft) -> list[GraphName]:
+    """The graphs that a draft describes."""
+    names: list[GraphName] = [PREDICT, ADVANCE]
+    if draft.token:
+        names += [BEGIN, STEP]
+    if draft.outlook is not None:
+        names.append(OUTLOOK)
+    return names
 
 
 def _read(path: Path, most_bytes: int) -> bytes:

@@ -1,6 +1,6 @@
 """A version, running: ONNX Runtime sessions behind pure functions.
 
-store.load() -> Speculator -> advance / predict -> ranking, coverage, demand
+store.load() -> Speculator -> advance / predict / outlook -> ranking, coverage, demand
                            -> Steps: the same, layer by layer (`speculation.steps`)
 
 python -c "from speculation.runtime import load_speculator as load; print(load('gpt-oss-20b').spec)"
@@ -14,9 +14,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Float32, Int32, Int64
 
-from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName, Manifest, StateTensor
+from model_store.manifest import ADVANCE, BEGIN, OUTLOOK, PREDICT, STEP, GraphName, Manifest, StateTensor
 from model_store.store import Store, StoredVersion, open_store
-from speculation.errors import InputInvalid
+from speculation.errors import InputInvalid, OutlookUnknown
 from speculation.golden import check_golden
 from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates
 from speculation.session import (
@@ -104,6 +104,21 @@ class Speculator:
         routing = self._checked(state, token_ids, experts, gates)
         return self._predict(*[state[place] for place in self._predict.reads], *routing)[0]
 
+    def outlook(self, state: State) -> Float32[np.ndarray, "B L E"]:
+        """Probability that an expert is used within the next n tokens: what a cache should keep.
+
+        n: `manifest.outlook.tokens`; the token in progress, of which nothing is known here, is the first of
+        them. Raises OutlookUnknown where the version cannot tell, InputInvalid.
+        """
+        graph = self.graphs.get(OUTLOOK)
+        if graph is None:
+            raise OutlookUnknown(
+                f"{self.origin} has no {OUTLOOK}.",
+                remedy="Make a version that has one: specmoe outlook, then specmoe publish.",
+            )
+        self._check_state(state, len(state[0]) if state and isinstance(state[0], np.ndarray) else 1)
+        return graph(*[state[place] for place in graph.reads])[0]
+
     def _checked(
         self,
         state: State,
@@ -126,6 +141,11 @@ class Speculator:
             absent = self._defaults.get(batch) or self._absent(batch)
             token_ids = absent[0] if token_ids is None else token_ids
             gates = absent[1] if gates is None else gates
+        self._check_state(state, batch)
+        return token_ids, experts, gates
+
+    def _check_state(self, state: State, batch: int) -> None:
+        """Raises InputInvalid where it is not the state of `batch` sequences."""
         if len(state) != len(self._state):
             raise InputInvalid(
                 f"state has {len(state)} arrays, expected {len(self._state)}.",
@@ -133,7 +153,6 @@ class Speculator:
             )
         for array, (name, dtype, shape) in zip(state, self._state, strict=True):
             check_array(f"state {name}", array, dtype, (batch, *shape))
-        return token_ids, experts, gates
 
     def _absent(self, batch: int) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
         """What stands for unknown token ids and gates."""
@@ -170,6 +189,9 @@ def _signatures(manifest: Manifest) -> dict[GraphName, Signature]:
         PREDICT: Signature(state, routing, (probabilities,)),
         ADVANCE: Signature(state, routing, _next(state)),
     }
+    if manifest.outlook is not None:
+        uses = Tensor("uses", "float32", (spec.num_layers, spec.num_experts))
+        found[OUTLOOK] = Signature(state, (), (uses,))
     if not token:
         return found
     told = (Tensor("layers", "int32", (None,)), *_routing(None, spec.top_k))

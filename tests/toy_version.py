@@ -3,7 +3,7 @@
 Its probabilities depend on everything a predictor may depend on: state (an average of past routing, the last
 token id), the current token id, and the layers seen so far, weighted by gate.
 
-    draft, graphs = toy_version()               # toy_version(steps=True): with begin and step
+    draft, graphs = toy_version()               # steps=True: with begin and step; outlook=True: with that
     store = open_store(toy_store(tmp_path))     # "toy": versions 1 and 2, production = 2
 """
 
@@ -22,18 +22,20 @@ from model_store.documents import complete
 from model_store.manifest import (
     ADVANCE,
     BEGIN,
+    OUTLOOK,
     PREDICT,
     STEP,
     Coverage,
     Draft,
     GraphName,
     Lineage,
+    Outlook,
     Predictor,
     StateTensor,
     TraceSource,
 )
 from model_store.store import StoredVersion, open_store
-from speculation.golden import golden_probabilities
+from speculation.golden import golden_probabilities, golden_uses
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
 
@@ -45,9 +47,17 @@ LEVELS = (0.9, 0.95, 0.99)
 
 
 def toy_version(
-    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, steps: bool = False, **overrides: Any
+    spec: RoutingSpec = TOY_SPEC,
+    *,
+    bias: float = -1.0,
+    steps: bool = False,
+    outlook: bool = False,
+    **overrides: Any,
 ) -> tuple[Draft, dict[GraphName, bytes]]:
-    """(draft, graphs). bias: added to the logits; steps: with begin, step; overrides: fields of the draft."""
+    """(draft, graphs). bias: added to the logits; steps: with begin, step; outlook: with that graph.
+
+    overrides: fields of the draft.
+    """
     graphs: dict[GraphName, bytes] = {PREDICT: _predict_graph(spec, bias), ADVANCE: _advance_graph(spec)}
     fields = _fields(spec)
     if steps:
@@ -55,19 +65,28 @@ def toy_version(
         per_expert = (spec.num_layers, spec.num_experts)
         fields["token"] = (StateTensor(name="expected", dtype="float32", shape=per_expert),)
         fields["progress"] = (StateTensor(name="heard", dtype="float32", shape=per_expert),)
+    if outlook:
+        graphs[OUTLOOK] = _outlook_graph(spec)
+        fields["outlook"] = Outlook(
+            tokens=3,
+            golden=fields["golden"],
+            metrics={"validation": {"ece": 0.01}},
+            lineage=fields["lineage"],
+        )
     draft = Draft(**(fields | overrides))
     if "golden" not in overrides:
         unchecked = StoredVersion(complete(draft, 1, graphs), graphs)
-        golden = golden_probabilities(Speculator(unchecked, provider="cpu"))
-        draft = draft.model_copy(update={"golden": tuple(tuple(map(float, row)) for row in golden)})
+        speculator = Speculator(unchecked, provider="cpu")
+        draft = draft.model_copy(update={"golden": _rows(golden_probabilities(speculator))})
+        if draft.outlook is not None:
+            told = draft.outlook.model_copy(update={"golden": _rows(golden_uses(speculator))})
+            draft = draft.model_copy(update={"outlook": told})
     return draft, graphs
 
 
-def toy_stored(
-    spec: RoutingSpec = TOY_SPEC, *, bias: float = -1.0, steps: bool = False, **overrides: Any
-) -> StoredVersion:
-    """The toy as if it had been loaded from a store."""
-    draft, graphs = toy_version(spec, bias=bias, steps=steps, **overrides)
+def toy_stored(spec: RoutingSpec = TOY_SPEC, **options: Any) -> StoredVersion:
+    """The toy as if it had been loaded from a store. options: of `toy_version`."""
+    draft, graphs = toy_version(spec, **options)
     return StoredVersion(complete(draft, 1, graphs), graphs)
 
 
@@ -83,6 +102,10 @@ def toy_store(folder: Path) -> Path:
     store.publish(*toy_version(bias=-1.0))
     store.publish(*toy_version(bias=-0.5), aliases=["production"])
     return root
+
+
+def _rows(golden: np.ndarray) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(map(float, row)) for row in golden)
 
 
 def _fields(spec: RoutingSpec) -> dict[str, Any]:
@@ -226,6 +249,11 @@ def _advance_graph(spec: RoutingSpec) -> bytes:
     inputs = [*_state(spec), _token_id(), *_routing(spec, spec.num_layers)]
     outputs = [_per_expert("next_average", spec), _value("next_last_token", TensorProto.INT32, ["B", 1])]
     return _graph("advance", nodes, spec, inputs, outputs)
+
+
+def _outlook_graph(spec: RoutingSpec) -> bytes:
+    nodes = [helper.make_node("Sigmoid", ["average"], ["uses"])]
+    return _graph("outlook", nodes, spec, [_per_expert("average", spec)], [_per_expert("uses", spec)])
 
 
 def _begin_graph(spec: RoutingSpec, bias: float) -> bytes:

@@ -18,10 +18,12 @@ from tqdm import tqdm
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
+from training.adaptation import adaptation_report
 from training.baselines import Baseline
 from training.cost import measure_cost
 from training.errors import EvaluationError, check_same_shape
 from training.forecasts import Forecast, of_baseline, of_speculator
+from training.keeping import cache_report
 from training.metrics import START, Metrics, distance_name
 
 # What a predictor does without its optional inputs is scored on one token in so many: it is a side view.
@@ -38,6 +40,8 @@ class Evaluation:
     withheld: metrics without an optional input, by the input's name, on fewer tokens.
     baselines: metrics by baseline.
     cost: see `training.cost`.
+    cache: hit rates (`training.keeping`); empty where they were not asked for.
+    adaptation: coverage with adaptation on, beside that without (`training.adaptation`); empty likewise.
     """
 
     spec: RoutingSpec
@@ -49,6 +53,8 @@ class Evaluation:
     withheld: dict[str, Metrics]
     baselines: dict[str, Metrics]
     cost: dict[str, Any]
+    cache: dict[str, dict[str, float]]
+    adaptation: dict[str, Any]
 
     def document(self) -> dict[str, Any]:
         """Everything as plain JSON values; docs/evaluation.md tells what each means."""
@@ -73,6 +79,8 @@ class Evaluation:
             **{f"without_{name}": metrics.distances() for name, metrics in self.withheld.items()},
             "baselines": {name: metrics.distances() for name, metrics in self.baselines.items()},
             "cost": self.cost,
+            "cache": self.cache,
+            "adaptation": self.adaptation,
         }
 
 
@@ -82,12 +90,16 @@ def evaluate(
     *,
     baselines: Sequence[Baseline] = (),
     every: int = 1,
+    cache: bool = False,
+    adapt: bool = False,
     progress: bool = False,
 ) -> Evaluation:
     """Run every sequence through the version and score every forecast of every token.
 
     baselines: fitted ones, scored on the same tokens.
     every: score one token in so many; the others are lived through all the same.
+    cache: also simulate what a cache of expert weights would keep.
+    adapt: also score coverage sets that learn from their misses.
     progress: draw bars on standard error.
 
     Raises SpecMismatch where the trace is of another shape than the version, EvaluationError where it has no
@@ -112,6 +124,8 @@ def evaluate(
         withheld=_withheld(speculator, trace, every * WITHHELD_EVERY, progress),
         baselines={b.name: score_baseline(b, trace, every=every, progress=progress) for b in baselines},
         cost=measure_cost(speculator),
+        cache=cache_report(speculator, trace) if cache else {},
+        adaptation=adaptation_report(speculator, trace, every=every) if adapt else {},
     )
 
 

@@ -83,6 +83,13 @@ def of_speculator(
             yield Forecast(rows, seen, _beside_truth(probabilities, trace, rows, seen))
 
 
+def states(
+    speculator: Speculator, trace: RoutingTrace, *, every: int = 1
+) -> Iterator[tuple[Int[np.ndarray, "N"], State]]:
+    """Every `every`-th token of the trace and the state before it, many at a time, in no order."""
+    return _gathered(_states(speculator, trace, Inputs(trace)), every)
+
+
 def of_baseline(baseline: Baseline, trace: RoutingTrace, *, every: int = 1) -> Iterator[Forecast]:
     """Forecasts of a fitted baseline for every `every`-th token, a few sequences at a time."""
     for part, first in _parts(trace):

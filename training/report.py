@@ -58,6 +58,8 @@ def markdown(document: Document, pictures: dict[str, str]) -> str:
         *(["## Coverage", coverage_table(document)] if document["distances"][START]["coverage"] else []),
         *(["## Beside the baselines", baseline_table(document)] if document["baselines"] else []),
         *_withheld_sections(document),
+        *(["## Coverage with adaptation", adaptation_table(document)] if document["adaptation"] else []),
+        *(["## What a cache keeps", cache_table(document)] if document["cache"] else []),
         "## By domain",
         domain_table(document),
         "## By layer",
@@ -125,6 +127,32 @@ def baseline_table(document: Document) -> str:
     }
     rows = [[name, *(_recalls(scores[d]) for d in distances)] for name, scores in everyone.items()]
     return "Recall@k / recall@2k.\n\n" + _table(["", *map(_ahead, distances)], rows)
+
+
+def adaptation_table(document: Document) -> str:
+    """Coverage by domain, with the published set sizes and with those that learn from their misses."""
+    adaptation = document["adaptation"]
+    levels = list(next(iter(adaptation.values()))["published"])
+    rows = [
+        [
+            f"{domain}, {kind}",
+            *(f"{held['covered']:.3f} / {held['mean_set_size']:.1f}" for held in by.values()),
+        ]
+        for domain, kinds in adaptation.items()
+        for kind, by in kinds.items()
+    ]
+    return "Share of forecasts covered / mean experts in the set, by domain of the prompt.\n\n" + _table(
+        ["sets", *(f"{float(level):.0%} set" for level in levels)], rows
+    )
+
+
+def cache_table(document: Document) -> str:
+    """Hit rate of every policy, by share of the experts resident."""
+    shares = list(next(iter(document["cache"].values())))
+    rows = [[name, *(f"{rates[share]:.3f}" for share in shares)] for name, rates in document["cache"].items()]
+    return "Hit rate, by share of all layers' experts that is resident.\n\n" + _table(
+        ["kept by", *(f"{float(share):.1%}" for share in shares)], rows
+    )
 
 
 def domain_table(document: Document) -> str:

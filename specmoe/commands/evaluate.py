@@ -23,7 +23,16 @@ from traces.trace import concatenate
 from training.baselines import BASELINES, Baseline
 from training.errors import EvaluationError, check_same_shape
 from training.evaluate import evaluate
-from training.report import baseline_table, distance_table, few_distances, summary, write_json, write_report
+from training.report import (
+    adaptation_table,
+    baseline_table,
+    cache_table,
+    distance_table,
+    few_distances,
+    summary,
+    write_json,
+    write_report,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -37,6 +46,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--report", type=Path, metavar="FOLDER", help="write Markdown, JSON and pictures there"
     )
     parser.add_argument("--baselines", action="store_true", help="score the plain baselines too")
+    parser.add_argument(
+        "--cache", action="store_true", help="simulate what a cache keeps, by policy and size"
+    )
+    parser.add_argument(
+        "--adapt", action="store_true", help="score coverage sets that learn from their misses, too"
+    )
     parser.add_argument(
         "--train-traces",
         type=Path,
@@ -53,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
             "--baselines and --train-traces came without each other.",
             remedy="Baselines learn from training traces: give both, or neither.",
         )
-    model, version = _model_and_version(args.model)
+    model, version = model_and_version(args.model)
     speculator = load_speculator(model, version=version, store=args.store, provider=args.provider)
     trace = load(args.traces)
     name = f"{model} version {speculator.manifest.version}"
@@ -65,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         trace,
         baselines=_fitted(args.train_traces),
         every=args.every,
+        cache=args.cache,
+        adapt=args.adapt,
         progress=sys.stderr.isatty(),
     )
     document = result.document()
@@ -77,7 +94,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _model_and_version(text: str) -> tuple[str, int | str | None]:
+def model_and_version(text: str) -> tuple[str, int | str | None]:
     model, at, version = text.partition("@")
     if at and not version:
         raise EvaluationError(
@@ -111,6 +128,10 @@ def _show(document: dict[str, Any]) -> None:
     print(distance_table(document, few_distances(document)))
     if document["baselines"]:
         print(f"\n{baseline_table(document)}")
+    if document["cache"]:
+        print(f"\n{cache_table(document)}")
+    if document["adaptation"]:
+        print(f"\n{adaptation_table(document)}")
 
 
 def _positive(text: str) -> int:

@@ -31,10 +31,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--store", help="where to publish: a folder or s3://bucket/prefix")
     parser.add_argument("--alias", action="append", default=[], help="alias to move to the new version")
     parser.add_argument("--predictor", choices=PRESETS, default=DEFAULT, help="which; default: %(default)s")
-    _add_knobs(
-        parser.add_argument_group("training"), {name: preset.train for name, preset in PRESETS.items()}
-    )
-    _add_knobs(
+    add_knobs(parser.add_argument_group("training"), {name: preset.train for name, preset in PRESETS.items()})
+    add_knobs(
         parser.add_argument_group("the predictor's size", "Each has its own knobs, and its own defaults."),
         {name: preset.config for name, preset in PRESETS.items()},
     )
@@ -55,10 +53,10 @@ def run(args: argparse.Namespace) -> int:
         validation=tuple(args.validation),
         folder=args.run,
         model=args.model,
-        train_config=_with(preset.train, args),
+        train_config=with_knobs(preset.train, args),
         predictor=args.predictor,
-        predictor_config=_with(preset.config, args),
-        command=_told(sys.argv[1:]),
+        predictor_config=with_knobs(preset.config, args),
+        command=told(sys.argv[1:]),
         resume=args.resume,
         store=args.store if args.publish else None,
         aliases=tuple(args.alias),
@@ -66,7 +64,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _told(arguments: list[str]) -> str:
+def told(arguments: list[str]) -> str:
     """The command as the lineage tells it: files by name, since folders are this machine's own business."""
     return shlex.join(["specmoe", *(Path(a).name if "/" in a and "://" not in a else a for a in arguments)])
 
@@ -97,7 +95,7 @@ def knobs(config: Any, part: str = "") -> Iterator[Knob]:
             yield Knob(part + field.name, meanings[field.name].removesuffix("."), value)
 
 
-def _add_knobs(group: Any, configs: Mapping[str, Any]) -> None:
+def add_knobs(group: Any, configs: Mapping[str, Any]) -> None:
     """One option for all configs that have a knob of that name. configs: by predictor."""
     by_name: dict[str, dict[str, Knob]] = {}
     for predictor, config in configs.items():
@@ -145,13 +143,13 @@ def _refuse_others(args: argparse.Namespace, *configs: Any) -> None:
                 )
 
 
-def _with(config: Any, args: argparse.Namespace, part: str = "") -> Any:
+def with_knobs(config: Any, args: argparse.Namespace, part: str = "") -> Any:
     """The config with the knobs that were given."""
     changes: dict[str, Any] = {}
     for field in fields(config):
         value = getattr(config, field.name)
         if is_dataclass(value):
-            changes[field.name] = _with(value, args, f"{part}{field.name}_")
+            changes[field.name] = with_knobs(value, args, f"{part}{field.name}_")
         elif (given := getattr(args, part + field.name, None)) is not None:
             changes[field.name] = tuple(given) if isinstance(given, list) else given
     return replace(config, **changes)

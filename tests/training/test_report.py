@@ -18,7 +18,9 @@ from training.report import (
     METRICS,
     REPORT,
     UNKNOWN,
+    adaptation_table,
     baseline_table,
+    cache_table,
     distance_table,
     few_distances,
     markdown,
@@ -30,17 +32,22 @@ PICTURES = {"recall_by_distance.png", "recall_by_layer.png", "reliability.png", 
 
 
 def toy_document(
-    *, spec: RoutingSpec = SPEC, gates: bool = True, baselines: bool = True, **overrides: Any
+    *,
+    spec: RoutingSpec = SPEC,
+    gates: bool = True,
+    baselines: bool = True,
+    caches: bool = False,
+    **overrides: Any,
 ) -> dict[str, Any]:
     speculator = Speculator(toy_stored(spec, **overrides), provider="cpu")
     trace = toy_trace(spec=spec, gates=gates)
     fitted = [kind().fit(trace) for kind in BASELINES.values()] if baselines else []
-    return evaluate(speculator, trace, baselines=fitted).document()
+    return evaluate(speculator, trace, baselines=fitted, cache=caches, adapt=caches).document()
 
 
 @pytest.fixture(scope="module")
 def document() -> dict[str, Any]:
-    return toy_document()
+    return toy_document(caches=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +105,17 @@ def test_few_distances_are_the_start_and_powers_of_two() -> None:
     assert few_distances({"distances": distances}) == ["start", "1", "2", "4", "8"]
 
 
-@pytest.mark.parametrize("title", ["Without token ids", "Without gates", "By domain", "Coverage"])
+@pytest.mark.parametrize(
+    "title",
+    [
+        "Without token ids",
+        "Without gates",
+        "By domain",
+        "Coverage",
+        "Coverage with adaptation",
+        "What a cache keeps",
+    ],
+)
 def test_the_text_has_a_section(document: dict[str, Any], title: str) -> None:
     assert f"## {title}\n" in markdown(document, {})
 
@@ -114,6 +131,13 @@ def test_what_is_unknown_without_gates_is_left_open(tmp_path: Path) -> None:
 def test_a_version_without_coverage_tables_has_no_coverage_picture(tmp_path: Path) -> None:
     write_report(toy_document(baselines=False, coverage=Coverage(levels=(), experts=())), tmp_path)
     assert {path.name for path in tmp_path.glob("*.png")} == PICTURES - {"coverage.png"}
+
+
+def test_what_a_cache_keeps_and_adaptation_are_told_where_asked_for(document: dict[str, Any]) -> None:
+    assert "clairvoyant" in cache_table(document)
+    assert "maths, adapted" in adaptation_table(document)
+    text = markdown(toy_document(baselines=False), {})
+    assert "What a cache keeps" not in text and "adaptation" not in text
 
 
 def test_a_model_of_one_layer_can_be_reported(tmp_path: Path) -> None:
