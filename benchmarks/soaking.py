@@ -24,7 +24,9 @@ from speculation.coverage import coverage_size
 from speculation.runtime import Speculator, State
 from tests.service.stream.frames import Message, binary, frame, read, text
 
-TOLERANCE = 1e-5
+# In 8 bits, one number that is rounded up here and down there moves a probability by up to 0.02. The forecast
+# of another sequence, or of another step, differs by far more.
+TOLERANCE = 0.05
 MOST_SEQUENCES = 24
 # Forecasts that are checked in one model call.
 CHECKED_TOGETHER = 64
