@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "export": "turn a training run into ONNX graphs and a manifest",
     "outlook": "train what tells a cache which experts to keep",
     "publish": "put an exported predictor into a store as a new version",
+    "compare": "train and score every approach on the same splits, into one report",
     "evaluate": "score a version, as it would be served, on traces",
     "store": "list, show, verify versions and move aliases",
     "replay": "play a trace through a running service, as a model server would",

@@ -26,12 +26,20 @@ def publish_export(folder: Path, store: Store, *, aliases: Sequence[str] = ()) -
     Raises FileRefused, ManifestInvalid, GraphRefused, GoldenMismatch before anything is written, and what
     `Store.publish` raises.
     """
+    draft, unpublished = read_export(folder)
+    check_golden(Speculator(unpublished, provider="cpu", origin=str(folder)))
+    return store.publish(draft, unpublished.graphs, aliases=aliases)
+
+
+def read_export(folder: Path) -> tuple[Draft, StoredVersion]:
+    """The draft of an export, and the export as a store would hold it.
+
+    Raises FileRefused, ManifestInvalid.
+    """
     draft = read_draft(_read(folder / DRAFT, MAX_DOCUMENT_BYTES), origin=str(folder / DRAFT))
     graphs = {name: _read(folder / name, MAX_FILE_BYTES) for name in _graphs_of(draft)}
     # The number is given by the store; until then it is the first of its kind.
-    unpublished = StoredVersion(complete(draft, 1, graphs), graphs)
-    check_golden(Speculator(unpublished, provider="cpu", origin=str(folder)))
-    return store.publish(draft, graphs, aliases=aliases)
+    return draft, StoredVersion(complete(draft, 1, graphs), graphs)
 
 
 def _graphs_of(draft: Draft) -> list[GraphName]:

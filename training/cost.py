@@ -15,8 +15,12 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
+import numpy as np
+
+from model_store.manifest import STEP
 from speculation.golden import golden_inputs
 from speculation.runtime import Speculator
+from speculation.steps import Steps
 
 WARM_UP = 30
 REPEATS = 300
@@ -41,6 +45,19 @@ def measure_cost(speculator: Speculator) -> dict[str, Any]:
         "provider": speculator.provider,
         "hardware": hardware(),
     }
+
+
+def measure_step(speculator: Speculator) -> float | None:
+    """Median microseconds of one step of a single sequence that tells of one layer; None without steps."""
+    if STEP not in speculator.graphs:
+        return None
+    steps, state = Steps(speculator), speculator.initial_state(1)
+    token_ids, experts, gates = golden_inputs(speculator.spec)
+    token = steps.begin([state[place] for place in steps.begin_reads], token_ids[:1])
+    read, progress = [state[place] for place in steps.step_reads], steps.initial_progress(1)
+    layer = np.array([[speculator.spec.num_layers // 2]], np.int32)
+    told = experts[:1, :1].copy(), gates[:1, :1].copy()
+    return _median_us(lambda: steps.step(read, token, progress, layer, *told))
 
 
 def hardware() -> str:

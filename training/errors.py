@@ -4,6 +4,7 @@
     └── TrainingError
         ├── ConfigInvalid        a knob of a training run is out of its range
         ├── RunInvalid           a run's folder does not hold what it must
+        ├── ComparisonInvalid    a comparison's folder holds another one, or its splits are not apart
         ├── ExportFailed         the exported graphs do not answer as the trained predictor does
         ├── SpecMismatch         a trace is of another routing shape than the model, or than the other traces
         └── EvaluationError      nothing can be scored
@@ -29,6 +30,10 @@ class ConfigInvalid(TrainingError):
 
 class RunInvalid(TrainingError):
     """A training run's folder does not hold what it must."""
+
+
+class ComparisonInvalid(TrainingError):
+    """A comparison's folder holds another comparison, or its splits are not apart."""
 
 
 class ExportFailed(TrainingError):

@@ -33,7 +33,7 @@ from training.predictors.predictor import Predictor as TrainedPredictor
 from training.quantization import quantized
 from training.run import Run, load_traces, read_run
 from training.served import Served
-from training.survey import Survey, coverage, survey
+from training.survey import MAX_WINDOWED_TOKENS, Survey, coverage, survey
 
 EXPORT = "export"
 # Inputs of a step with an axis for the layers told.
@@ -61,7 +61,8 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     )
     check_quantized(exact, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
-    metrics = score_version(speculator, trace, progress=progress).distances()
+    every = -(-trace.num_tokens // MAX_WINDOWED_TOKENS) if blocks.shares_prefix else 1
+    metrics = score_version(speculator, trace, every=every, progress=progress).distances()
     draft = _draft_of(stored, golden_probabilities(speculator), metrics)
     return _write(folder / EXPORT, draft, stored)
 

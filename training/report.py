@@ -88,7 +88,7 @@ def summary(document: Document) -> str:
 def distance_table(document: Document, distances: Sequence[str]) -> str:
     """Every score at these distances."""
     rows = [_score_row(distance, document["distances"][distance]) for distance in distances]
-    return _table(["distance", *(title for title, _, _ in COLUMNS)], rows)
+    return markdown_table(["distance", *(title for title, _, _ in COLUMNS)], rows)
 
 
 def few_distances(document: Document) -> list[str]:
@@ -103,7 +103,7 @@ def top_n_table(document: Document) -> str:
         return ""
     counts = list(known[START])
     rows = [[d, *(f"{accuracy[n]:.3f}" for n in counts)] for d, accuracy in known.items()]
-    return _table(["distance", *(f"top-{n} accuracy" for n in counts)], rows)
+    return markdown_table(["distance", *(f"top-{n} accuracy" for n in counts)], rows)
 
 
 def coverage_table(document: Document) -> str:
@@ -113,7 +113,7 @@ def coverage_table(document: Document) -> str:
         [d, *(f"{held['covered']:.3f} / {held['mean_set_size']:.1f}" for held in scores["coverage"].values())]
         for d, scores in document["distances"].items()
     ]
-    return "Share of layers covered / mean experts in the set.\n\n" + _table(
+    return "Share of layers covered / mean experts in the set.\n\n" + markdown_table(
         ["distance", *(f"{float(level):.0%} set" for level in levels)], rows
     )
 
@@ -126,7 +126,7 @@ def baseline_table(document: Document) -> str:
         f"**{document['model']} {document['version']}**": document["distances"],
     }
     rows = [[name, *(_recalls(scores[d]) for d in distances)] for name, scores in everyone.items()]
-    return "Recall@k / recall@2k.\n\n" + _table(["", *map(_ahead, distances)], rows)
+    return "Recall@k / recall@2k.\n\n" + markdown_table(["", *map(_ahead, distances)], rows)
 
 
 def adaptation_table(document: Document) -> str:
@@ -141,8 +141,9 @@ def adaptation_table(document: Document) -> str:
         for domain, kinds in adaptation.items()
         for kind, by in kinds.items()
     ]
-    return "Share of forecasts covered / mean experts in the set, by domain of the prompt.\n\n" + _table(
-        ["sets", *(f"{float(level):.0%} set" for level in levels)], rows
+    return (
+        "Share of forecasts covered / mean experts in the set, by domain of the prompt.\n\n"
+        + markdown_table(["sets", *(f"{float(level):.0%} set" for level in levels)], rows)
     )
 
 
@@ -150,7 +151,7 @@ def cache_table(document: Document) -> str:
     """Hit rate of every policy, by share of the experts resident."""
     shares = list(next(iter(document["cache"].values())))
     rows = [[name, *(f"{rates[share]:.3f}" for share in shares)] for name, rates in document["cache"].items()]
-    return "Hit rate, by share of all layers' experts that is resident.\n\n" + _table(
+    return "Hit rate, by share of all layers' experts that is resident.\n\n" + markdown_table(
         ["kept by", *(f"{float(share):.1%}" for share in shares)], rows
     )
 
@@ -161,13 +162,13 @@ def domain_table(document: Document) -> str:
         [name, *(_recalls(scores[d]) if d in scores else UNKNOWN for d in (START, "1"))]
         for name, scores in document["domains"].items()
     ]
-    return "Recall@k / recall@2k.\n\n" + _table(["domain", *map(_ahead, (START, "1"))], rows)
+    return "Recall@k / recall@2k.\n\n" + markdown_table(["domain", *map(_ahead, (START, "1"))], rows)
 
 
 def layer_table(document: Document) -> str:
     """Every score by target layer, all distances and the token start together."""
     rows = [_score_row(str(layer), scores) for layer, scores in enumerate(document["layers"])]
-    return _table(["layer", *(title for title, _, _ in COLUMNS)], rows)
+    return markdown_table(["layer", *(title for title, _, _ in COLUMNS)], rows)
 
 
 def _withheld_sections(document: Document) -> list[str]:
@@ -178,7 +179,7 @@ def _withheld_sections(document: Document) -> list[str]:
             rows = [_score_row(d, scores[d]) for d in BASELINE_DISTANCES if d in scores]
             sections += [
                 f"## Without {name.replace('_', ' ')}",
-                _table(["distance", *(title for title, _, _ in COLUMNS)], rows),
+                markdown_table(["distance", *(title for title, _, _ in COLUMNS)], rows),
             ]
     return sections
 
@@ -200,7 +201,7 @@ def _ahead(distance: str) -> str:
     return f"{distance} layer{'s' if distance != '1' else ''} ahead"
 
 
-def _table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """A Markdown table that can be read in a terminal too."""
     widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
 
