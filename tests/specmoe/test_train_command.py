@@ -79,4 +79,4 @@ def test_help_tells_each_predictors_default() -> None:
     parser = argparse.ArgumentParser()
     command.add_arguments(parser)
     told = "".join(parser.format_help().split())
-    assert "prefix:192." in told and "interlayer-extended:320." in told
+    assert "multiscale:192." in told and "interlayer-extended:320." in told
