@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     model, version = model_and_version(args.model)
     store = open_store(args.store)
     stored = store.load(model, store.resolve(model, version))
-    train, learned = load_traces(tuple(args.traces), "train", model)
-    validation, held_out = load_traces(tuple(args.validation), "validation", model)
+    train, learned = load_traces(tuple(args.traces), "train")
+    validation, held_out = load_traces(tuple(args.validation), "validation")
     config: OutlookConfig = with_knobs(OutlookConfig(), args)
     lineage = Lineage(
         traces=learned + held_out,
