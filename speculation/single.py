@@ -65,7 +65,7 @@ class Single:
         self,
         token_id: int,
         experts: Integer[np.ndarray, "L K"],
-        gates: Real[np.ndarray, "L K"] | float | float,
+        gates: Real[np.ndarray, "L K"] | float,
     ) -> None:
         """One more finished token. token_id: -1 where unknown."""
         self._token_id[0] = token_id

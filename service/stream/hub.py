@@ -255,7 +255,8 @@ class Hub:
         dues = self._ready()
         if dues:
             self._forecast(dues)
-        elif not finished:  # the next token's start may have come meanwhile, which should not wait for this
+        # After a token's end its next start may have come meanwhile, which should not wait for this.
+        if not (dues or finished) or self._scoring.presses:
             self._scoring.score_one()
         if dues or self._history.waits or self._scoring.waits or self._more_can_be_done():
             self._schedule()
@@ -306,7 +307,8 @@ class Hub:
     def _take_note(self) -> None:
         """Of the forecasts that were made: how long they took, and what they said, to be scored."""
         metrics = self.running.metrics
-        for made in self._made:
+        noted, self._made = self._made, []
+        for made in noted:
             self._forecast_s += FRESH * (made.model_s - self._forecast_s)
             metrics.model_seconds.observe(made.model_s)
             metrics.forecasts.inc(len(made.probabilities))
@@ -315,7 +317,6 @@ class Hub:
                 metrics.stream_seconds.observe(made.sent_at - due.asked_at)
                 self._scoring.keep(due.rows, due.seen, made.probabilities[first : first + len(due.rows)])
                 first += len(due.rows)
-        self._made.clear()
 
     def _probabilities(self, rows: Int64[np.ndarray, "n"]) -> Float32[np.ndarray, "n L E"]:
         most = self._settings.stream_batch_rows

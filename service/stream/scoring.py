@@ -36,6 +36,11 @@ class Scoring:
         """Whether finished tokens are still to be scored."""
         return bool(self._to_score)
 
+    @property
+    def presses(self) -> bool:
+        """Whether so many wait that a busy loop, too, must score some: no new ones could be kept soon."""
+        return len(self._to_score) >= MOST_TOKENS // 2
+
     def begin(self, row: int) -> None:
         """A token begins, which may be one that is scored."""
         self.forget(row)
