@@ -18,7 +18,7 @@ from training.loop import Trainer
 from training.predictor_configs import PredictorConfig
 from training.predictors import examples_of, kind_of
 from training.processes import Processes, processes
-from training.run import Run, check_resumable, environment, load_traces, write_run
+from training.run import Run, check_apart, check_resumable, environment, load_traces, write_run
 from training.vocabulary import Vocabulary
 
 
@@ -40,12 +40,13 @@ def train(
 
     predictor: the name it goes by (`training.presets`); what it is follows from its config.
     Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
-    the folder holds another run, and what exporting and publishing raise.
+    a trace is given for both or the folder holds another run, and what exporting and publishing raise.
     """
     with processes() as where:
         train_trace, train_sources = load_traces(traces, "train", model)
-        validation_trace, validation_sources = load_traces(validation, "validation", train_trace.spec.model)
+        validation_trace, validation_sources = load_traces(validation, "validation")
         check_same_shape(validation_trace.spec, train_trace.spec, "the training traces")
+        check_apart(train_sources, validation_sources)
         vocabulary = Vocabulary.of(train_trace.token_ids, train_trace.starts)
         run = Run(
             spec=train_trace.spec,

@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.publish and not args.store:
         raise ConfigInvalid("--publish has no --store.", remedy="Say where to publish: --store FOLDER.")
+    if (args.store or args.alias) and not args.publish:
+        raise ConfigInvalid(
+            "--store and --alias are given without --publish.",
+            remedy="Give --publish as well, or leave them out and run specmoe export and publish later.",
+        )
     preset = PRESETS[args.predictor]
     _refuse_others(args, preset.train, preset.config)
     train(
