@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from model_store.store import open_store
+from model_store.documents import check_alias
+from model_store.store import Store, open_store
 from speculation.publishing import publish_export
 from training.config import TrainConfig
 from training.errors import check_same_shape
@@ -42,6 +43,9 @@ def train(
     Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
     a trace is given for both or the folder holds another run, and what exporting and publishing raise.
     """
+    destination = None if store is None else open_store(store)
+    for alias in aliases:  # before hours of training, not after them
+        check_alias(alias)
     with processes() as where:
         train_trace, train_sources = load_traces(traces, "train", model)
         validation_trace, validation_sources = load_traces(validation, "validation")
@@ -75,13 +79,13 @@ def train(
             trainer.resume()
         trainer.fit()
         if where.leads:
-            _finish(folder, store, aliases, where)
+            _finish(folder, destination, aliases, where)
 
 
-def _finish(folder: Path, store: str | None, aliases: tuple[str, ...], where: Processes) -> None:
+def _finish(folder: Path, store: Store | None, aliases: tuple[str, ...], where: Processes) -> None:
     if store is None:
         print(f"Trained into {folder}. Next: specmoe export {folder}")
         return
     exported = export(folder, progress=where.leads)
-    manifest = publish_export(exported, open_store(store), aliases=aliases)
-    print(f"Published {manifest.spec.model} version {manifest.version} to {store}.")
+    manifest = publish_export(exported, store, aliases=aliases)
+    print(f"Published {manifest.spec.model} version {manifest.version} to {store.location}.")

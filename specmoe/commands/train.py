@@ -2,9 +2,9 @@
 
 Everything goes into the --run folder: checkpoint, TensorBoard events, the record of what was asked for. With
 --publish the run is also exported, checked and put into a store. Several processes: torchrun
---nproc-per-node N -m specmoe.cli train ...
+--nproc-per-node N -m -- specmoe.cli train ...
 
-Knobs that are not given are as --predictor has them; docs/training.md tells what they are for.
+Knobs that are not given are as --predictor has them; docs/training-guide.md tells what they are for.
 """
 
 from __future__ import annotations

@@ -228,10 +228,12 @@ def test_a_folder_that_is_no_run_is_refused(
         (["--publish"], "--publish has no --store"),
         (["--store", "store"], "--store and --alias are given without --publish"),
         (["--alias", "production"], "--store and --alias are given without --publish"),
+        (["--publish", "--store", "s3://x/y"], "'s3://x/y' is no location on S3"),
+        (["--publish", "--store", "store", "--alias", "5"], "'5' cannot be an alias"),
         (["--passes", "0"], "passes is 0, expected at least 1"),
         ([], "already holds a run"),
     ],
-    ids=["no store", "store alone", "alias alone", "bad knob", "run exists"],
+    ids=["no store", "store alone", "alias alone", "bad store", "bad alias", "bad knob", "run exists"],
 )
 def test_train_says_what_is_wrong(
     published: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
