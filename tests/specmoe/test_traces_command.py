@@ -64,6 +64,13 @@ def test_a_file_whose_model_has_no_usable_name_is_imported_under_another(
     assert run("import", source, "--out", tmp_path / "t", "--model", "toy") == 0
 
 
+def test_an_npz_without_a_name_is_told_how_to_get_one(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz", model=None)
+    assert run("info", source) == 2
+    assert "specmoe traces import SOURCE --out FOLDER --model NAME" in capsys.readouterr().err
+    assert run("import", source, "--out", tmp_path / "t", "--model", "toy") == 0
+
+
 def test_a_long_file_is_written_in_pieces_and_stays_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -131,7 +131,11 @@ def _scalar(path: Path, arrays: Arrays, name: str) -> Any:
 
 def _model_name(path: Path, arrays: Arrays) -> str:
     if "model" not in arrays:
-        raise TraceFormatError(f"{path} does not name its model.", remedy="Name it: --model NAME.")
+        raise TraceFormatError(
+            f"{path} does not name its model.",
+            remedy="Save the array model with it, or import it under a name:"
+            " specmoe traces import SOURCE --out FOLDER --model NAME.",
+        )
     return str(_scalar(path, arrays, "model"))
 
 
