@@ -2,10 +2,11 @@
 
     specmoe traces import recording.npz --out traces/
     specmoe traces import recording.route.csv --out traces/ --model qwen3-30b-a3b --domain chat
+    specmoe traces import responses.jsonl --out traces/ --num-experts 128
     specmoe traces info traces/ --json info.json
 
 Traces are .npz files, route-trace .csv files, folders of either, and folders of Parquet shards, which is what
-import writes. docs/trace-format.md describes them all.
+import writes: docs/trace-format.md. What else can be imported: docs/importing.md.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
 from traces.errors import TraceError
-from traces.files import NPZ, PARQUET, check_same_model, digest, load, trace_files
-from traces.importers import npz
-from traces.spec import RoutingSpec
+from traces.files import check_same_model, digest, digest_of, load
+from traces.importers.formats import FORMATS, Format, find
+from traces.importers.told import Imported, Told
 from traces.statistics import temporal_locality, usage_entropy
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace
 
@@ -43,15 +44,23 @@ MAX_DOMAINS_SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|info")
     importing = actions.add_parser("import", help="write a recording as a folder of Parquet shards")
-    importing.add_argument(
-        "source", type=Path, metavar="SOURCE", help="an .npz or .csv file, or a folder of them"
-    )
+    importing.add_argument("source", type=Path, metavar="SOURCE", help="a file, or a folder of one kind")
     importing.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="new or empty; nothing is overwritten"
     )
     importing.add_argument("--model", metavar="NAME", help="call the model so, whatever the source calls it")
     importing.add_argument(
         "--domain", metavar="NAME", help="where the prompts came from, if the source does not say"
+    )
+    known = "; ".join(f"{name}: {form.what}" for name, form in FORMATS.items())
+    importing.add_argument(
+        "--format",
+        choices=FORMATS,
+        metavar="NAME",
+        help=f"what the source is, if its look does not say: {known}",
+    )
+    importing.add_argument(
+        "--num-experts", type=int, metavar="E", help="routed experts of a layer, if the source does not say"
     )
     info = actions.add_parser("info", help="tell what a trace holds and how predictable it is")
     info.add_argument("path", type=Path, metavar="PATH", help="a trace file, or a folder of them")
@@ -61,7 +70,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         if args.action == "import":
-            _import(args.source, args.out, args.model, args.domain)
+            told = Told(model=args.model, num_experts=args.num_experts)
+            _import(args.source, args.out, args.format, told, args.domain)
         else:
             _info(args.path, args.json)
     except OSError as error:
@@ -73,66 +83,60 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _import(source: Path, out: Path, model: str | None, domain: str | None) -> None:
+def _import(source: Path, out: Path, name: str | None, told: Told, domain: str | None) -> None:
     from traces.parquet import check_free
 
-    files = trace_files(source)
-    if files[0].suffix == PARQUET:
-        raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
+    form, files = find(source, name, told)
     check_free(out)
-    provenance = {"source": source.resolve().name, "sha256": digest(source)}
+    provenance = {"source": source.resolve().name, "sha256": digest_of(source, files)}
     with tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
-        recordings = (_recording(file, model, domain) for file in files)
-        spec, counts = _write(out, provenance, files, recordings, bar)
-    print(f"{out}: {_counted(counts)} of {spec.model}.")
-    if counts["left_out"]:
-        print(f"{counts['left_out']:,} prompt tokens were left out: the recorder has no last layer of them.")
+        recordings = (_recording(file, form, told, domain) for file in files)
+        first, counts = _write(out, provenance, files, recordings, bar)
+    spec = first.trace.spec
+    print(f"{out}: {_counted(counts)} of {spec.model}, {spec.num_layers} layers.")
+    for line in _left_out(first, counts):
+        print(line)
 
 
 def _write(
-    out: Path, provenance: dict[str, str], files: list[Path], recordings: Iterator[_Recording], bar: tqdm[Any]
-) -> tuple[RoutingSpec, Counter[str]]:
-    """One set of shards of the files' recordings. Returns their spec, and how many tokens and sequences."""
+    out: Path, provenance: dict[str, str], files: list[Path], recordings: Iterator[Imported], bar: tqdm[Any]
+) -> tuple[Imported, Counter[str]]:
+    """One set of shards of the files' recordings. Returns the first of them, and what was counted in all."""
     from traces.parquet import TraceWriter
 
     counts: Counter[str] = Counter()
     first = next(recordings)
     form = _columns(first.trace)
     with TraceWriter(out, first.trace.spec, **form, provenance=provenance) as writer:
-        for file, (trace, left_out) in zip(files, chain([first], recordings), strict=True):
+        for file, imported in zip(files, chain([first], recordings), strict=True):
+            trace = imported.trace
             check_same_model(trace, file, first.trace, files[0])
             before, tokens = bar.n, 0
             for piece in _pieces(trace):
                 writer.append(piece)
                 tokens += piece.num_tokens
                 bar.update(before + _size(file) * tokens // trace.num_tokens - bar.n)
-            counts.update(tokens=trace.num_tokens, sequences=trace.num_sequences, left_out=left_out)
-    return first.trace.spec, counts
+            counts.update(imported.left_out, tokens=trace.num_tokens, sequences=trace.num_sequences)
+    return first, counts
 
 
-class _Recording(NamedTuple):
-    """left_out: tokens of the file that are not in the trace."""
-
-    trace: RoutingTrace
-    left_out: int
-
-
-def _recording(file: Path, model: str | None, domain: str | None) -> _Recording:
-    trace, left_out = _read(file, model)
+def _recording(file: Path, form: Format, told: Told, domain: str | None) -> Imported:
+    imported = form.read(file, told)
     if domain is None:
-        return _Recording(trace, left_out)
+        return imported
+    trace = imported.trace
     if set(trace.domains) != {UNKNOWN_DOMAIN}:
         raise TraceError(f"{file} names its domains itself.", remedy="Import it without --domain.")
-    return _Recording(replace(trace, domains=(domain,) * trace.num_sequences), left_out)
+    return replace(imported, trace=replace(trace, domains=(domain,) * trace.num_sequences))
 
 
-def _read(file: Path, model: str | None) -> tuple[RoutingTrace, int]:
-    if file.suffix == NPZ:
-        return npz.read(file, model=model), 0
-    from traces.importers import route_csv
-
-    imported = route_csv.read(file, model=model)
-    return imported.trace, imported.left_out
+def _left_out(first: Imported, counts: Counter[str]) -> list[str]:
+    """What of the source is not in the traces, a line for each reason."""
+    lines = [f"{counts[reason]:,} {reason}." for reason in first.left_out if counts[reason]]
+    if first.dense:
+        dense = ", ".join(map(str, first.dense))
+        lines.append(f"Layers without routing (dense) do not count: {dense}. The others are numbered from 0.")
+    return lines
 
 
 def _columns(trace: RoutingTrace) -> dict[str, bool]:

@@ -26,8 +26,9 @@ from jaxtyping import Shaped
 from pyarrow import csv
 
 from traces.errors import TraceError, TraceFormatError
-from traces.importers.model import spec_of
-from traces.importers.route_rows import Imported, Rows, assemble
+from traces.importers.model import model_name, spec_of
+from traces.importers.route_rows import Rows, assemble
+from traces.importers.told import Imported
 from traces.spec import MAX_LAYERS
 
 FIRST_LINE = "# route_trace v1"
@@ -48,8 +49,6 @@ COLUMNS = {
 # Reading takes 3.5 times a file's bytes in memory (2 million rows: 60 MB and 210 MB), so this takes 14 GiB.
 MAX_BYTES = 4 << 30
 MAX_LINE_BYTES = 1 << 16
-# A name of llama.cpp: a model in several files ends in -00001-of-00003.gguf.
-MODEL_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 
 RECORD_AGAIN = "Give a file that BigMoeOnEdge wrote with --route-trace, whole and unchanged."
 
@@ -98,11 +97,6 @@ def read(path: Path, *, model: str | None = None) -> Imported:
         )
     spec = replace(whole_model, num_layers=len(layers))
     return assemble(Rows(str(path), preamble.lines + 1, **columns), spec)
-
-
-def model_name(model_path: str) -> str:
-    """A model's name from the path it was loaded from: "/models/Qwen3-30B-A3B.gguf" is "Qwen3-30B-A3B"."""
-    return MODEL_ENDING.sub("", re.split(r"[/\\]", model_path)[-1])
 
 
 def _preamble(path: Path) -> Preamble:

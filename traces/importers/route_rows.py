@@ -11,10 +11,12 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int8, Int16, Int32, Int64
 
 from traces.errors import TraceError
+from traces.importers.told import Imported
 from traces.spec import RoutingSpec
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace, check
 
 RECORD_AGAIN = "Record or copy the file again, or take this turn's lines out."
+NO_LAST_LAYER = "prompt tokens were left out: the recorder has no last layer of them"
 
 
 @dataclass(frozen=True)
@@ -37,14 +39,6 @@ class Rows:
             f" {found}, expected {expected}.",
             remedy=RECORD_AGAIN,
         )
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A trace, and how many prompt tokens were left out because they have no routing in the last layer."""
-
-    trace: RoutingTrace
-    left_out: int
 
 
 def assemble(rows: Rows, spec: RoutingSpec) -> Imported:
@@ -72,7 +66,7 @@ def assemble(rows: Rows, spec: RoutingSpec) -> Imported:
         domains=(UNKNOWN_DOMAIN,) * (len(starts) - 1),
     )
     check(trace, rows.origin)
-    return Imported(trace, left_out=int((~complete).sum()))
+    return Imported(trace, {NO_LAST_LAYER: int((~complete).sum())})
 
 
 def _check_unique(rows: Rows, order: Int[np.ndarray, "R"], place: Int64[np.ndarray, "R"]) -> None:

@@ -1,0 +1,96 @@
+"""The formats that can be imported: which one a file is of, and what reads it.
+
+    specmoe traces import responses.jsonl --out traces/ --format vllm --num-experts 128
+
+A new format is a module with `read(path, told) -> Imported`, an entry in FORMATS, and its look in `_found`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from traces.errors import TraceError
+from traces.files import CSV, NPZ, PARQUET, trace_files
+from traces.importers import npz, responses, vllm
+from traces.importers.responses import LINES
+from traces.importers.told import Imported, Told
+
+JSON = ".json"
+
+
+def _read_npz(path: Path, told: Told) -> Imported:
+    return Imported(npz.read(path, model=told.model))
+
+
+def _read_route_trace(path: Path, told: Told) -> Imported:
+    from traces.importers import route_csv  # brings pyarrow
+
+    return route_csv.read(path, model=told.model)
+
+
+@dataclass(frozen=True)
+class Format:
+    """what: for a list of formats. suffixes: of its files. uses: fields of Told that it makes use of."""
+
+    what: str
+    suffixes: tuple[str, ...]
+    read: Callable[[Path, Told], Imported]
+    uses: frozenset[str] = frozenset()
+
+
+FORMATS = {
+    "npz": Format("plain NumPy arrays", (NPZ,), _read_npz),
+    "route-trace": Format("BigMoeOnEdge's CSV", (CSV,), _read_route_trace),
+    "vllm": Format("vLLM's API responses", (JSON, LINES), vllm.read, frozenset({"num_experts"})),
+}
+SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
+
+
+def find(source: Path, name: str | None, told: Told) -> tuple[Format, list[Path]]:
+    """The format (by its name in FORMATS, or by what is in the files) and what is to be read, in order.
+
+    Raises TraceError where there is no such file, its format cannot be told, or it cannot use what was told.
+    """
+    if source.suffix == PARQUET or (source.is_dir() and any(source.glob(f"*{PARQUET}"))):
+        raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
+    files = trace_files(source, SUFFIXES if name is None else FORMATS[name].suffixes)
+    name = name or _found(files[0])
+    unused = [
+        field.name
+        for field in fields(told)
+        if field.name not in {"model", *FORMATS[name].uses} and getattr(told, field.name) is not None
+    ]
+    if unused:
+        raise TraceError(
+            f"{source} is read as {name}, which has no use for {_option(unused[0])}.",
+            remedy="Leave it out, or name another format.",
+        )
+    return FORMATS[name], files
+
+
+def _option(field: str) -> str:
+    return "--" + field.replace("_", "-")
+
+
+def _found(file: Path) -> str:
+    """The format's name, by the file's extension and its first record."""
+    if file.suffix == NPZ:
+        return "npz"
+    if file.suffix == CSV:
+        return "route-trace"
+    first = next(responses.read(file), None)
+    name = None if first is None else _of_record(first.fields)
+    if name is None:
+        known = ", ".join(f"{name} ({form.what})" for name, form in FORMATS.items())
+        raise TraceError(
+            f"{file} is in none of the formats that are known by their look.",
+            remedy=f"Name its format: --format with one of {known}.",
+        )
+    return name
+
+
+def _of_record(record: dict[str, Any]) -> str | None:
+    return "vllm" if "choices" in record else None
