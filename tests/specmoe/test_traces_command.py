@@ -58,6 +58,24 @@ def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -
     assert (trace.spec.model, trace.domains) == ("toy", ("chat", "chat"))
 
 
+@pytest.mark.parametrize(
+    ("fixture", "options", "line"),
+    [
+        (
+            "sglang.jsonl",
+            ["--num-experts", 4, "--num-layers", 3, "--top-k", 2],
+            "5 tokens of 2 sequences of toy",
+        ),
+    ],
+)
+def test_a_dump_is_told_by_its_look_and_imported(
+    tmp_path: Path, capsys: Captured, fixture: str, options: list[object], line: str
+) -> None:
+    assert run("import", FIXTURES / fixture, "--out", tmp_path / "t", "--model", "toy", *options) == 0
+    assert line in capsys.readouterr().out
+    assert load(tmp_path / "t").spec.model == "toy"
+
+
 def test_responses_are_told_from_other_json_and_imported(tmp_path: Path, capsys: Captured) -> None:
     source = FIXTURES / "vllm.jsonl"
     assert run("import", source, "--out", tmp_path / "t", "--num-experts", 4, "--domain", "chat") == 0

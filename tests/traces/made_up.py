@@ -64,6 +64,14 @@ def bare(trace: RoutingTrace, *, gates: bool = False, token_ids: bool = False) -
     )
 
 
+def with_dense(experts: np.ndarray, dense: Sequence[int]) -> np.ndarray:
+    """[n, L, K] with layers of zeros put in, so that they stand at these places."""
+    layers = list(np.moveaxis(experts, 1, 0))
+    for place in sorted(dense):
+        layers.insert(place, np.zeros_like(layers[0]))
+    return np.stack(layers, axis=1)
+
+
 def same(one: RoutingTrace, other: RoutingTrace) -> bool:
     """Equal in everything, bit by bit."""
     arrays = ("experts", "gates", "token_ids", "starts")

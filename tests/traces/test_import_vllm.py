@@ -15,7 +15,7 @@ import pytest
 from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
-from tests.traces.made_up import FIXTURES, bare, made_up_trace, same, traces
+from tests.traces.made_up import FIXTURES, bare, made_up_trace, same, traces, with_dense
 from traces.errors import TraceError, TraceFormatError
 from traces.importers import packed, responses, vllm
 from traces.importers.completions import NO_EXPERTS
@@ -31,14 +31,6 @@ def npy(array: np.ndarray) -> str:
     file = io.BytesIO()
     np.save(file, array)
     return base64.b64encode(file.getvalue()).decode()
-
-
-def with_dense(experts: np.ndarray, dense: Sequence[int], filler: int = 0) -> np.ndarray:
-    """Layers of zeros put in, so that they stand at these places."""
-    layers = list(np.moveaxis(experts, 1, 0))
-    for place in sorted(dense):
-        layers.insert(place, np.full_like(layers[0], filler))
-    return np.stack(layers, axis=1)
 
 
 def answers(

@@ -1,4 +1,4 @@
-"""What the importers of API responses share: from responses with their routing to a trace, and token ids to rows.
+"""What the importers of API responses share: a trace of responses with routing, and token ids for it.
 
 specmoe traces import responses.jsonl --out traces/ --num-experts 128
 """

@@ -14,7 +14,7 @@ from typing import Any
 
 from traces.errors import TraceError
 from traces.files import CSV, NPZ, PARQUET, trace_files
-from traces.importers import npz, responses, vllm
+from traces.importers import npz, responses, sglang, vllm
 from traces.importers.responses import LINES
 from traces.importers.told import Imported, Told
 
@@ -45,6 +45,12 @@ FORMATS = {
     "npz": Format("plain NumPy arrays", (NPZ,), _read_npz),
     "route-trace": Format("BigMoeOnEdge's CSV", (CSV,), _read_route_trace),
     "vllm": Format("vLLM's API responses", (JSON, LINES), vllm.read, frozenset({"num_experts"})),
+    "sglang": Format(
+        "SGLang's API responses",
+        (JSON, LINES),
+        sglang.read,
+        frozenset({"num_experts", "num_layers", "top_k"}),
+    ),
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
@@ -93,4 +99,6 @@ def _found(file: Path) -> str:
 
 
 def _of_record(record: dict[str, Any]) -> str | None:
+    if sglang.is_response(record):
+        return "sglang"
     return "vllm" if "choices" in record else None

@@ -20,14 +20,12 @@ class Told:
     """None where nothing was told.
 
     model: the model's name. num_experts: E. num_layers: layers of the dump, dense ones too. top_k: K.
-    micro_batch: sequences of a training micro-batch.
     """
 
     model: str | None = None
     num_experts: int | None = None
     num_layers: int | None = None
     top_k: int | None = None
-    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
@@ -44,4 +42,6 @@ def needed(path: Path, value: int | None, what: str, option: str) -> int:
     """The number that was told. Raises TraceFormatError naming the option that tells it."""
     if value is None:
         raise TraceFormatError(f"{path} does not say {what}.", remedy=f"Tell it: {option} N.")
+    if value < 1:
+        raise TraceFormatError(f"{option} is {value}, expected 1 or more.", remedy="Correct it.")
     return value

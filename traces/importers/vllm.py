@@ -48,9 +48,8 @@ def _completions(response: Response) -> Iterator[Recorded | None]:
         if experts is None:
             yield None
             continue
-        prompt_ids = response.token_ids(
-            choice.get("prompt_token_ids", response.fields.get("prompt_token_ids")), "prompt_token_ids"
-        )
+        prompt_ids = choice.get("prompt_token_ids") or response.fields.get("prompt_token_ids")
+        prompt_ids = response.token_ids(prompt_ids, "prompt_token_ids")
         ids = response.token_ids(choice.get("token_ids"), f"choices[{number}].token_ids")
         if prompt is None:
             token_ids = known_ids(response, name, len(experts), prompt_ids, ids)
