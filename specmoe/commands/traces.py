@@ -100,7 +100,7 @@ def _import(source: Path, out: Path, name: str | None, told: Told, domain: str |
         first, counts = _write(out, provenance, files, recordings, bar)
     spec = first.trace.spec
     print(f"{out}: {_counted(counts)} of {spec.model}, {spec.num_layers} layers.")
-    for line in _left_out(first, counts):
+    for line in _notes(first, counts):
         print(line)
 
 
@@ -122,7 +122,7 @@ def _write(
                 writer.append(piece)
                 tokens += piece.num_tokens
                 bar.update(before + _size(file) * tokens // trace.num_tokens - bar.n)
-            counts.update(imported.left_out, tokens=trace.num_tokens, sequences=trace.num_sequences)
+            counts.update(imported.notes, tokens=trace.num_tokens, sequences=trace.num_sequences)
     return first, counts
 
 
@@ -136,9 +136,9 @@ def _recording(file: Path, form: Format, told: Told, domain: str | None) -> Impo
     return replace(imported, trace=replace(trace, domains=(domain,) * trace.num_sequences))
 
 
-def _left_out(first: Imported, counts: Counter[str]) -> list[str]:
-    """What of the source is not in the traces, a line for each reason."""
-    lines = [f"{counts[reason]:,} {reason}." for reason in first.left_out if counts[reason]]
+def _notes(first: Imported, counts: Counter[str]) -> list[str]:
+    """What to tell of an import, a line for each."""
+    lines = [f"{counts[reason]:,} {reason}." for reason in first.notes if counts[reason]]
     if first.dense:
         dense = ", ".join(map(str, first.dense))
         lines.append(f"Layers without routing (dense) do not count: {dense}. The others are numbered from 0.")

@@ -66,6 +66,7 @@ def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -
             ["--num-experts", 4, "--num-layers", 3, "--top-k", 2],
             "5 tokens of 2 sequences of toy",
         ),
+        ("sglang_recorder.pt", [], "5 tokens of 2 sequences of toy, 2 layers"),
     ],
 )
 def test_a_dump_is_told_by_its_look_and_imported(

@@ -105,7 +105,7 @@ def test_places_never_written_are_left_out(tmp_path: Path) -> None:
     trace.experts[1] = 0
     imported = read(tmp_path / "x.jsonl", answers(trace))
     assert imported.trace.starts.tolist() == [0, 1, 3]
-    assert imported.left_out == {NO_ROUTING: 1, NO_EXPERTS: 0}
+    assert imported.notes == {NO_ROUTING: 1, NO_EXPERTS: 0}
 
 
 def test_prompt_tokens_are_unknown_where_only_those_of_the_output_are_told(tmp_path: Path) -> None:
@@ -118,7 +118,7 @@ def test_prompt_tokens_are_unknown_where_only_those_of_the_output_are_told(tmp_p
 
 def test_a_completion_without_routing_is_counted(tmp_path: Path) -> None:
     found = [*answers(made_up_trace()), {"text": "", "meta_info": {"prompt_tokens": 1}}]
-    assert read(tmp_path / "x.jsonl", found).left_out[NO_EXPERTS] == 1
+    assert read(tmp_path / "x.jsonl", found).notes[NO_EXPERTS] == 1
 
 
 EXPERTS = made_up_trace(lengths=(3,)).experts

@@ -70,7 +70,7 @@ def test_the_fixture_is_what_its_responses_say() -> None:
     assert trace.experts[:, 0].tolist() == [[3, 1], [1, 2], [2, 3], [0, 1], [2, 1]]
     assert trace.token_ids is not None
     assert trace.token_ids.tolist() == [11, 12, 13, 15, 16]
-    assert imported.left_out == {NO_ROUTING: 2, NO_EXPERTS: 1}
+    assert imported.notes == {NO_ROUTING: 2, NO_EXPERTS: 1}
     assert imported.dense == (0,)
 
 
@@ -98,7 +98,7 @@ def test_what_was_routed_comes_back(
     imported = read(tmp_path / f"x{suffix}", found, Told(num_experts=trace.spec.num_experts))
     assert same(imported.trace, bare(trace, token_ids=trace.token_ids is not None))
     assert imported.dense == tuple(sorted(dense))
-    assert imported.left_out[NO_ROUTING] == cached * trace.num_sequences
+    assert imported.notes[NO_ROUTING] == cached * trace.num_sequences
 
 
 def test_lists_of_numbers_are_read_with_those_of_the_prompt(tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ def test_a_gap_ends_a_sequence(tmp_path: Path) -> None:
     answer = {"model": "toy", "choices": [{"routed_experts": npy(experts)}]}
     imported = read(tmp_path / "x.json", [answer])
     assert imported.trace.starts.tolist() == [0, 2, 4]
-    assert imported.left_out[NO_ROUTING] == 1
+    assert imported.notes[NO_ROUTING] == 1
 
 
 def test_255_is_an_expert_where_there_are_256(tmp_path: Path) -> None:

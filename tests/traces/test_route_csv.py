@@ -49,13 +49,13 @@ def test_turns_are_sequences_and_the_spec_counts_layers_with_experts(tmp_path: P
 
 
 def test_prompt_tokens_without_the_last_layer_are_counted(tmp_path: Path) -> None:
-    assert route_csv.read(write_route_csv(tmp_path / "x.csv")).left_out == {NO_LAST_LAYER: 4}
+    assert route_csv.read(write_route_csv(tmp_path / "x.csv")).notes == {NO_LAST_LAYER: 4}
 
 
 def test_a_prompt_with_all_layers_is_kept_whole(tmp_path: Path) -> None:
     rows = [["0", "0", *row[2:]] for row in route_csv_rows(turns=1, prompt=1, generated=5)]
     imported = route_csv.read(write_route_csv(tmp_path / "x.csv", rows))
-    assert (imported.trace.num_tokens, imported.left_out[NO_LAST_LAYER]) == (6, 0)
+    assert (imported.trace.num_tokens, imported.notes[NO_LAST_LAYER]) == (6, 0)
 
 
 def test_a_token_that_was_left_out_ends_a_sequence(tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def read(
     if not sequences or model is None:
         raise TraceError(f"{path}: no response of it has routed_experts.", remedy=enable)
     imported = trace_of(path, sequences, model=model, num_experts=num_experts, fillers=FILLERS)
-    return Imported(imported.trace, {**imported.left_out, NO_EXPERTS: without}, imported.dense)
+    return Imported(imported.trace, {**imported.notes, NO_EXPERTS: without}, imported.dense)
 
 
 def _model(response: Response) -> str:

@@ -14,11 +14,11 @@ from typing import Any
 
 from traces.errors import TraceError
 from traces.files import CSV, NPZ, PARQUET, trace_files
-from traces.importers import npz, responses, sglang, vllm
+from traces.importers import npz, responses, sglang, sglang_recorder, vllm
 from traces.importers.responses import LINES
 from traces.importers.told import Imported, Told
 
-JSON = ".json"
+JSON, PT = ".json", ".pt"
 
 
 def _read_npz(path: Path, told: Told) -> Imported:
@@ -51,6 +51,7 @@ FORMATS = {
         sglang.read,
         frozenset({"num_experts", "num_layers", "top_k"}),
     ),
+    "sglang-recorder": Format("SGLang's expert distribution recorder", (PT,), sglang_recorder.read),
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
@@ -87,6 +88,8 @@ def _found(file: Path) -> str:
         return "npz"
     if file.suffix == CSV:
         return "route-trace"
+    if file.suffix == PT:
+        return "sglang-recorder"
     first = next(responses.read(file), None)
     name = None if first is None else _of_record(first.fields)
     if name is None:

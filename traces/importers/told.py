@@ -30,11 +30,14 @@ class Told:
 
 @dataclass(frozen=True)
 class Imported:
-    """A trace; `left_out`: what of the dump is not in it, how often, keyed by a sentence that goes on after
-    the number; `dense`: the dump's numbers of layers without routing, which the trace does not count."""
+    """A trace, and what to tell of it.
+
+    notes: how often something was left out or odd, keyed by a sentence that goes on after the number.
+    dense: the dump's numbers of layers without routing, which the trace does not count.
+    """
 
     trace: RoutingTrace
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    notes: Mapping[str, int] = field(default_factory=dict)
     dense: tuple[int, ...] = ()
 
 
