@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from tests.traces.made_up import COLUMN_NAMES, preamble, route_csv_rows, write_route_csv
 from traces.errors import TraceError, TraceFormatError
-from traces.importers import route_csv
+from traces.importers import csv_columns, route_csv
 from traces.importers.model import model_name
 from traces.importers.route_rows import NO_LAST_LAYER
 
@@ -259,6 +259,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route_csv, "MAX_BYTES", 100)
+    monkeypatch.setattr(csv_columns, "MAX_BYTES", 100)
     with pytest.raises(TraceFormatError, match="100 at most are read"):
         route_csv.read(write_route_csv(tmp_path / "x.csv"))

@@ -31,6 +31,12 @@ def _read_route_trace(path: Path, told: Told) -> Imported:
     return route_csv.read(path, model=told.model)
 
 
+def _read_moe_trace(path: Path, told: Told) -> Imported:
+    from traces.importers import moe_trace
+
+    return moe_trace.read(path, told)
+
+
 @dataclass(frozen=True)
 class Format:
     """what: for a list of formats. suffixes: of its files. uses: fields of Told that it makes use of."""
@@ -52,6 +58,7 @@ FORMATS = {
         frozenset({"num_experts", "num_layers", "top_k"}),
     ),
     "sglang-recorder": Format("SGLang's expert distribution recorder", (PT,), sglang_recorder.read),
+    "moe-trace": Format("llama.cpp's moe-trace CSV", (CSV,), _read_moe_trace, frozenset({"num_experts"})),
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
@@ -87,7 +94,9 @@ def _found(file: Path) -> str:
     if file.suffix == NPZ:
         return "npz"
     if file.suffix == CSV:
-        return "route-trace"
+        from traces.importers.moe_trace import is_moe_trace
+
+        return "moe-trace" if is_moe_trace(file) else "route-trace"
     if file.suffix == PT:
         return "sglang-recorder"
     first = next(responses.read(file), None)

@@ -1,4 +1,4 @@
-"""Puts the rows of a `route_trace` file together to tokens and sequences; `route_csv` reads them.
+"""Puts rows of routed experts together to tokens and sequences; `route_csv` and `moe_trace` read them.
 
 A row is one routed expert: of turn and step (the token), layer and slot. Rows may come in any order.
 """
@@ -21,10 +21,10 @@ NO_LAST_LAYER = "prompt tokens were left out: the recorder has no last layer of 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, R of them. first_line: the line of row 0. layer: as the file numbers them."""
+    """The rows of a file, R of them. lines: where each is in it. layer: as the file numbers them."""
 
     origin: str
-    first_line: int
+    lines: Int64[np.ndarray, "R"]
     turn: Int32[np.ndarray, "R"]
     phase: Int8[np.ndarray, "R"]
     step: Int32[np.ndarray, "R"]
@@ -35,7 +35,7 @@ class Rows:
 
     def refused(self, row: int, found: str, expected: str) -> TraceError:
         return TraceError(
-            f"{self.origin}, line {self.first_line + row} (turn {self.turn[row]}, step {self.step[row]}):"
+            f"{self.origin}, line {self.lines[row]} (turn {self.turn[row]}, step {self.step[row]}):"
             f" {found}, expected {expected}.",
             remedy=RECORD_AGAIN,
         )
@@ -75,7 +75,7 @@ def _check_unique(rows: Rows, order: Int[np.ndarray, "R"], place: Int64[np.ndarr
         row, before = int(order[twice[0] + 1]), int(order[twice[0]])
         raise rows.refused(
             row,
-            f"layer {rows.layer[row]}, slot {rows.slot[row]} again, after line {rows.first_line + before}",
+            f"layer {rows.layer[row]}, slot {rows.slot[row]} again, after line {rows.lines[before]}",
             "each slot of a layer once",
         )
 
