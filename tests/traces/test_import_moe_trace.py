@@ -126,7 +126,7 @@ def cut(start: int, stop: int | None = None) -> Callable[[list[str]], list[str]]
 @pytest.mark.parametrize(
     ("layout", "change", "reason"),
     [
-        pytest.param(by_expert, put(14, "2,8"), r"line 15: expert 8, expected 0 to 7.*logical ids", id="A id"),
+        pytest.param(by_expert, put(14, "2,8"), "line 15: expert 8, .*logical ids", id="A id"),
         pytest.param(by_expert, put(8, "2,-1"), "line 9: expert -1, expected 0 or more", id="A negative"),
         pytest.param(by_expert, put(8, "x,1"), "line 9: .*invalid value 'x'", id="A text"),
         pytest.param(by_expert, put(8, "2"), "line 9: Expected 2 columns, got 1", id="A column"),
@@ -147,7 +147,7 @@ def cut(start: int, stop: int | None = None) -> Callable[[list[str]], list[str]]
         pytest.param(by_rank, cut(16, 17), "the step has 5 rows", id="C slot"),
         pytest.param(by_rank, cut(1), "(?i)empty|no rows", id="C names only"),
     ],
-)  # fmt: skip
+)
 def test_an_odd_file_is_refused_with_its_line(
     tmp_path: Path, layout: Layout, change: Callable[[list[str]], list[str]], reason: str
 ) -> None:

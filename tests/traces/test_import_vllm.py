@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.traces.made_up import FIXTURES, bare, made_up_trace, same, traces, with_dense
 from traces.errors import TraceError, TraceFormatError
-from traces.importers import packed, responses, vllm
+from traces.importers import json_records, packed, vllm
 from traces.importers.completions import NO_EXPERTS
 from traces.importers.recorded import NO_ROUTING
 from traces.importers.told import Imported, Told
@@ -277,7 +277,7 @@ def test_text_that_is_no_json_is_refused_with_its_line(tmp_path: Path) -> None:
 def test_what_is_beyond_a_limit_is_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, reason: str
 ) -> None:
-    monkeypatch.setattr(responses, limit, 100)
+    monkeypatch.setattr(json_records, limit, 100)
     with pytest.raises(TraceFormatError, match=reason):
         read(tmp_path / "x.jsonl", [changed()])
 

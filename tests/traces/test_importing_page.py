@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from traces.importers import responses
+from traces.importers import json_records
 from traces.importers.formats import FORMATS
 
 PAGE = (Path(__file__).parents[2] / "docs" / "importing.md").read_text(encoding="utf-8")
@@ -29,7 +29,8 @@ def test_the_table_has_every_format_with_its_files_and_options() -> None:
 
 
 @pytest.mark.parametrize(
-    "claim", [f"more than {responses.MAX_BYTES >> 30} GiB", f"at most {responses.MAX_JSON_BYTES >> 20} MiB"]
+    "claim",
+    [f"more than {json_records.MAX_BYTES >> 30} GiB", f"at most {json_records.MAX_JSON_BYTES >> 20} MiB"],
 )
 def test_the_page_says_what_the_code_does(claim: str) -> None:
     assert claim in PAGE

@@ -13,10 +13,10 @@ import numpy as np
 from jaxtyping import Int32
 
 from traces.errors import TraceError
-from traces.importers import responses
+from traces.importers import json_records
+from traces.importers.json_records import STORE_AGAIN, Record
 from traces.importers.model import model_name
 from traces.importers.recorded import Fillers, Recorded, trace_of
-from traces.importers.responses import STORE_AGAIN, Response
 from traces.importers.told import Imported, Told, needed
 from traces.trace import UNKNOWN_TOKEN
 
@@ -26,7 +26,7 @@ NO_EXPERTS = "completions were left out: they have no routed_experts"
 
 
 def read(
-    path: Path, told: Told, completions: Callable[[Response], Iterator[Recorded | None]], *, enable: str
+    path: Path, told: Told, completions: Callable[[Record], Iterator[Recorded | None]], *, enable: str
 ) -> Imported:
     """The trace in the responses of a file, of which `completions` gives the sequences, None without routing.
 
@@ -35,7 +35,7 @@ def read(
     num_experts = needed(path, told.num_experts, "how many experts a layer has", "--num-experts")
     sequences: list[Recorded] = []
     without, model = 0, told.model
-    for response in responses.read(path):
+    for response in json_records.read(path):
         model = model or _model(response)
         if told.model is None and _model(response) != model:
             raise response.refused(
@@ -53,14 +53,14 @@ def read(
     return Imported(imported.trace, {**imported.notes, NO_EXPERTS: without}, imported.dense)
 
 
-def _model(response: Response) -> str:
+def _model(response: Record) -> str:
     name = response.fields.get("model")
     if not isinstance(name, str):
         raise response.refused("it does not name its model.", "Name it: --model NAME.")
     return model_name(name)
 
 
-def choices_of(response: Response) -> list[dict[str, Any]]:
+def choices_of(response: Record) -> list[dict[str, Any]]:
     """The response's choices. Raises TraceError where it has none."""
     choices = response.fields.get("choices")
     if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
@@ -69,7 +69,7 @@ def choices_of(response: Response) -> list[dict[str, Any]]:
 
 
 def known_ids(
-    response: Response,
+    response: Record,
     name: str,
     tokens: int,
     prompt_ids: Int32[np.ndarray, "p"] | None,

@@ -14,8 +14,8 @@ from typing import Any
 
 from traces.errors import TraceError
 from traces.files import CSV, NPZ, PARQUET, trace_files
-from traces.importers import npz, responses, sglang, sglang_recorder, vllm
-from traces.importers.responses import LINES
+from traces.importers import fingerprint, json_records, npz, sglang, sglang_recorder, vllm
+from traces.importers.json_records import LINES
 from traces.importers.told import Imported, Told
 
 JSON, PT = ".json", ".pt"
@@ -59,6 +59,9 @@ FORMATS = {
     ),
     "sglang-recorder": Format("SGLang's expert distribution recorder", (PT,), sglang_recorder.read),
     "moe-trace": Format("llama.cpp's moe-trace CSV", (CSV,), _read_moe_trace, frozenset({"num_experts"})),
+    "fingerprint": Format(
+        "GPT-OSS-MoE-ExpertFingerprinting", (JSON, LINES), fingerprint.read, frozenset({"num_experts"})
+    ),
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
@@ -99,7 +102,7 @@ def _found(file: Path) -> str:
         return "moe-trace" if is_moe_trace(file) else "route-trace"
     if file.suffix == PT:
         return "sglang-recorder"
-    first = next(responses.read(file), None)
+    first = next(json_records.read(file), None)
     name = None if first is None else _of_record(first.fields)
     if name is None:
         known = ", ".join(f"{name} ({form.what})" for name, form in FORMATS.items())
@@ -111,6 +114,8 @@ def _found(file: Path) -> str:
 
 
 def _of_record(record: dict[str, Any]) -> str | None:
+    if "router_data" in record:
+        return "fingerprint"
     if sglang.is_response(record):
         return "sglang"
     return "vllm" if "choices" in record else None

@@ -22,9 +22,9 @@ from jaxtyping import Int32, Shaped
 
 from traces.importers import completions
 from traces.importers.completions import known_ids
+from traces.importers.json_records import STORE_AGAIN, Record
 from traces.importers.packed import unpack
 from traces.importers.recorded import Recorded
-from traces.importers.responses import STORE_AGAIN, Response
 from traces.importers.told import Imported, Told, needed
 
 DTYPES = {name: np.dtype(name).newbyteorder("<") for name in ("int32", "uint16", "uint8")}
@@ -43,7 +43,7 @@ def read(path: Path, told: Told) -> Imported:
     layers = needed(path, told.num_layers, "how many layers the model has, dense ones too", "--num-layers")
     top_k = needed(path, told.top_k, "how many experts a token is routed to", "--top-k")
 
-    def sequences(response: Response) -> Iterator[Recorded | None]:
+    def sequences(response: Record) -> Iterator[Recorded | None]:
         for name, fields in _places(response) or [("", {})]:
             yield _recorded(response, name, fields, layers, top_k)
 
@@ -64,7 +64,7 @@ def _holders(fields: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
     ]
 
 
-def _places(response: Response) -> list[tuple[str, dict[str, Any]]]:
+def _places(response: Record) -> list[tuple[str, dict[str, Any]]]:
     """What may hold routing, with its name: one object of the response, or of each choice."""
     places = []
     for name, holder in _holders(response.fields):
@@ -74,7 +74,7 @@ def _places(response: Response) -> list[tuple[str, dict[str, Any]]]:
 
 
 def _recorded(
-    response: Response, name: str, fields: dict[str, Any], layers: int, top_k: int
+    response: Record, name: str, fields: dict[str, Any], layers: int, top_k: int
 ) -> Recorded | None:
     """The sequence of one completion; None where it has no routing."""
     if fields.get("routed_experts") is None:
@@ -95,7 +95,7 @@ def _recorded(
 
 
 def _experts(
-    response: Response, name: str, fields: dict[str, Any], shape: tuple[int, int]
+    response: Record, name: str, fields: dict[str, Any], shape: tuple[int, int]
 ) -> Shaped[np.ndarray, "n D K"]:
     dtype = DTYPES.get(fields.get("routed_experts_dtype") or "int32")
     if dtype is None:
@@ -120,7 +120,7 @@ def _experts(
     return np.frombuffer(data, dtype).reshape(-1, *shape)
 
 
-def _counts(response: Response, fields: dict[str, Any]) -> tuple[int | None, int | None]:
+def _counts(response: Record, fields: dict[str, Any]) -> tuple[int | None, int | None]:
     """Tokens of the prompt and of the completion, where the response says so of this completion alone."""
     usage = response.fields.get("usage")
     if "prompt_tokens" not in fields and isinstance(usage, dict) and len(_holders(response.fields)) == 2:
@@ -132,14 +132,14 @@ def _counts(response: Response, fields: dict[str, Any]) -> tuple[int | None, int
     )
 
 
-def _count(response: Response, value: Any, name: str) -> int:
+def _count(response: Record, value: Any, name: str) -> int:
     if type(value) is not int or value < 0:
         raise response.refused(f"{name} is {value!r}, expected a number of tokens.", STORE_AGAIN)
     return value
 
 
 def _prompt_ids(
-    response: Response, fields: dict[str, Any], prompt: int | None
+    response: Record, fields: dict[str, Any], prompt: int | None
 ) -> Int32[np.ndarray, "p"] | None:
     """The prompt's tokens, which come beside their probabilities if the request asked for all of those."""
     listed = fields.get("input_token_logprobs")

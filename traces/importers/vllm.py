@@ -21,9 +21,9 @@ from jaxtyping import Int32, Shaped
 
 from traces.importers import completions
 from traces.importers.completions import choices_of, known_ids
+from traces.importers.json_records import STORE_AGAIN, Record
 from traces.importers.packed import unpack_npy
 from traces.importers.recorded import Recorded
-from traces.importers.responses import STORE_AGAIN, Response
 from traces.importers.told import Imported, Told
 from traces.trace import UNKNOWN_TOKEN
 
@@ -39,7 +39,7 @@ def read(path: Path, told: Told) -> Imported:
     return completions.read(path, told, _completions, enable=ENABLE)
 
 
-def _completions(response: Response) -> Iterator[Recorded | None]:
+def _completions(response: Record) -> Iterator[Recorded | None]:
     """Each choice as a sequence with its prompt; None where it has no routing."""
     prompt = _array(response, "prompt_routed_experts", response.fields.get("prompt_routed_experts"))
     for number, choice in enumerate(choices_of(response)):
@@ -59,7 +59,7 @@ def _completions(response: Response) -> Iterator[Recorded | None]:
         yield Recorded(f"{response.where}, choice {number}", experts, token_ids=token_ids)
 
 
-def _array(response: Response, name: str, value: Any) -> Shaped[np.ndarray, "n D K"] | None:
+def _array(response: Record, name: str, value: Any) -> Shaped[np.ndarray, "n D K"] | None:
     """Routed experts, from base64 of a .npy file or from lists."""
     if value is None:
         return None
@@ -75,7 +75,7 @@ def _array(response: Response, name: str, value: Any) -> Shaped[np.ndarray, "n D
 
 
 def _joined(
-    response: Response, prompt: Shaped[np.ndarray, "p D K"], completion: Shaped[np.ndarray, "g D K"]
+    response: Record, prompt: Shaped[np.ndarray, "p D K"], completion: Shaped[np.ndarray, "g D K"]
 ) -> Shaped[np.ndarray, "p+g D K"]:
     if prompt.shape[1:] != completion.shape[1:]:
         raise response.refused(
@@ -87,7 +87,7 @@ def _joined(
 
 
 def _apart(
-    response: Response,
+    response: Record,
     prompt_tokens: int,
     tokens: int,
     prompt_ids: Int32[np.ndarray, "p"] | None,

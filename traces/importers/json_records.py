@@ -1,6 +1,6 @@
-"""Reads what an inference server answered, as it was stored: JSON, or JSON Lines with one response a line.
+"""Reads objects out of JSON, or out of JSON Lines with one a line: responses of a server, say.
 
-A `.json` file holds one response or a list of them. A `Response` knows its place, for refusals.
+A `.json` file holds one object or a list of them. A `Record` knows its place, for refusals.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ MAX_JSON_BYTES = 256 << 20
 MAX_BYTES = 4 << 30
 MAX_TOKEN_ID = np.iinfo(np.int32).max
 
-STORE_AGAIN = "Store the responses again, whole and unchanged."
+STORE_AGAIN = "Store it again, whole and unchanged."
 
 
 @dataclass(frozen=True)
-class Response:
-    """where: "line 3", or "response 3" of a list, counted from 1 and 0."""
+class Record:
+    """where: "line 3", counted from 1, or "item 3" of a list, counted from 0."""
 
     path: Path
     where: str
@@ -47,8 +47,8 @@ class Response:
         return np.array(value, np.int32)
 
 
-def read(path: Path) -> Iterator[Response]:
-    """The responses of a file, in order. Raises TraceFormatError naming the line that is none."""
+def read(path: Path) -> Iterator[Record]:
+    """The objects of a file, in order. Raises TraceFormatError naming the line that is none."""
     if path.stat().st_size > MAX_BYTES:
         raise TraceFormatError(
             f"{path} has {path.stat().st_size} bytes, {MAX_BYTES} at most are read.",
@@ -57,41 +57,41 @@ def read(path: Path) -> Iterator[Response]:
     yield from _lines(path) if path.suffix == LINES else _document(path)
 
 
-def _lines(path: Path) -> Iterator[Response]:
+def _lines(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         number = 0
         while line := file.readline(MAX_JSON_BYTES + 1):
             number += 1
             if line.strip():
                 where = f"line {number}"
-                yield _response(path, where, _parsed(path, where, line))
+                yield _record(path, where, _parsed(path, where, line))
 
 
-def _document(path: Path) -> Iterator[Response]:
+def _document(path: Path) -> Iterator[Record]:
     with path.open("rb") as file:
         document = _parsed(path, "its JSON", file.read(MAX_JSON_BYTES + 1))
     for number, item in enumerate(document if isinstance(document, list) else [document]):
-        yield _response(path, f"response {number}", item)
+        yield _record(path, f"item {number}", item)
 
 
 def _parsed(path: Path, where: str, text: bytes) -> Any:
     if len(text) > MAX_JSON_BYTES:
         raise TraceFormatError(
             f"{path}, {where}: more than {MAX_JSON_BYTES} bytes, which is the most that is read at once.",
-            remedy=f"Store each response as a line of its own, in a {LINES} file.",
+            remedy=f"Store each object as a line of its own, in a {LINES} file.",
         )
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise TraceFormatError(
             f"{path}, {where}: no JSON ({error}).",
-            remedy=f"Copy the file again. Several responses go into a {LINES} file, one a line.",
+            remedy=f"Copy the file again. Several objects go into a {LINES} file, one a line.",
         ) from error
 
 
-def _response(path: Path, where: str, value: Any) -> Response:
+def _record(path: Path, where: str, value: Any) -> Record:
     if not isinstance(value, dict):
         raise TraceFormatError(
             f"{path}, {where}: found {type(value).__name__}, expected an object.", remedy=STORE_AGAIN
         )
-    return Response(path, where, value)
+    return Record(path, where, value)
