@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from traces.errors import TraceError
 from traces.files import check_same_model, digest, digest_of, load
-from traces.importers.formats import FORMATS, Format, find
+from traces.importers.formats import FORMATS, Format, files_of, find
 from traces.importers.told import Imported, Told
 from traces.statistics import temporal_locality, usage_entropy
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace
@@ -92,12 +92,13 @@ def run(args: argparse.Namespace) -> int:
 def _import(source: Path, out: Path, name: str | None, told: Told, domain: str | None) -> None:
     from traces.parquet import check_free
 
-    form, files = find(source, name, told)
+    form, dumps = find(source, name, told)
     check_free(out)
+    files = [file for dump in dumps for file in files_of(dump)]
     provenance = {"source": source.resolve().name, "sha256": digest_of(source, files)}
-    with tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
-        recordings = (_recording(file, form, told, domain) for file in files)
-        first, counts = _write(out, provenance, files, recordings, bar)
+    with tqdm(total=sum(map(_size, dumps)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
+        recordings = (_recording(dump, form, told, domain) for dump in dumps)
+        first, counts = _write(out, provenance, dumps, recordings, bar)
     spec = first.trace.spec
     print(f"{out}: {_counted(counts)} of {spec.model}, {spec.num_layers} layers.")
     for line in _notes(first, counts):
@@ -105,34 +106,34 @@ def _import(source: Path, out: Path, name: str | None, told: Told, domain: str |
 
 
 def _write(
-    out: Path, provenance: dict[str, str], files: list[Path], recordings: Iterator[Imported], bar: tqdm[Any]
+    out: Path, provenance: dict[str, str], dumps: list[Path], recordings: Iterator[Imported], bar: tqdm[Any]
 ) -> tuple[Imported, Counter[str]]:
-    """One set of shards of the files' recordings. Returns the first of them, and what was counted in all."""
+    """One set of shards of the dumps' recordings. Returns the first of them, and what was counted in all."""
     from traces.parquet import TraceWriter
 
     counts: Counter[str] = Counter()
     first = next(recordings)
     form = _columns(first.trace)
     with TraceWriter(out, first.trace.spec, **form, provenance=provenance) as writer:
-        for file, imported in zip(files, chain([first], recordings), strict=True):
+        for dump, imported in zip(dumps, chain([first], recordings), strict=True):
             trace = imported.trace
-            check_same_model(trace, file, first.trace, files[0])
+            check_same_model(trace, dump, first.trace, dumps[0])
             before, tokens = bar.n, 0
             for piece in _pieces(trace):
                 writer.append(piece)
                 tokens += piece.num_tokens
-                bar.update(before + _size(file) * tokens // trace.num_tokens - bar.n)
+                bar.update(before + _size(dump) * tokens // trace.num_tokens - bar.n)
             counts.update(imported.notes, tokens=trace.num_tokens, sequences=trace.num_sequences)
     return first, counts
 
 
-def _recording(file: Path, form: Format, told: Told, domain: str | None) -> Imported:
-    imported = form.read(file, told)
+def _recording(dump: Path, form: Format, told: Told, domain: str | None) -> Imported:
+    imported = form.read(dump, told)
     if domain is None:
         return imported
     trace = imported.trace
     if set(trace.domains) != {UNKNOWN_DOMAIN}:
-        raise TraceError(f"{file} names its domains itself.", remedy="Import it without --domain.")
+        raise TraceError(f"{dump} names its domains itself.", remedy="Import it without --domain.")
     return replace(imported, trace=replace(trace, domains=(domain,) * trace.num_sequences))
 
 
@@ -149,8 +150,8 @@ def _columns(trace: RoutingTrace) -> dict[str, bool]:
     return {"gates": trace.gates is not None, "token_ids": trace.token_ids is not None}
 
 
-def _size(file: Path) -> int:
-    return file.stat().st_size
+def _size(dump: Path) -> int:
+    return sum(file.stat().st_size for file in files_of(dump))
 
 
 def _pieces(trace: RoutingTrace) -> Iterator[RoutingTrace]:

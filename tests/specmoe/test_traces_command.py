@@ -69,6 +69,7 @@ def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -
         ("sglang_recorder.pt", [], "5 tokens of 2 sequences of toy, 2 layers"),
         ("moe_trace.csv", ["--num-experts", 4], "2 tokens of 1 sequence of toy, 2 layers"),
         ("fingerprint.json", ["--num-experts", 4], "3 tokens of 2 sequences of toy, 2 layers"),
+        ("esft", ["--num-experts", 4, "--top-k", 2], "3 tokens of 2 sequences of toy, 2 layers"),
     ],
 )
 def test_a_dump_is_told_by_its_look_and_imported(

@@ -14,7 +14,7 @@ from typing import Any
 
 from traces.errors import TraceError
 from traces.files import CSV, NPZ, PARQUET, trace_files
-from traces.importers import fingerprint, json_records, npz, sglang, sglang_recorder, vllm
+from traces.importers import esft, fingerprint, json_records, npz, sglang, sglang_recorder, vllm
 from traces.importers.json_records import LINES
 from traces.importers.told import Imported, Told
 
@@ -62,19 +62,19 @@ FORMATS = {
     "fingerprint": Format(
         "GPT-OSS-MoE-ExpertFingerprinting", (JSON, LINES), fingerprint.read, frozenset({"num_experts"})
     ),
+    "esft": Format(
+        "a folder of DeepSeek ESFT's expert logs", (), esft.read, frozenset({"num_experts", "top_k"})
+    ),
 }
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
 
 def find(source: Path, name: str | None, told: Told) -> tuple[Format, list[Path]]:
-    """The format (by its name in FORMATS, or by what is in the files) and what is to be read, in order.
+    """The format (by its name in FORMATS, or by what is in the files) and the dumps to be read, in order.
 
     Raises TraceError where there is no such file, its format cannot be told, or it cannot use what was told.
     """
-    if source.suffix == PARQUET or (source.is_dir() and any(source.glob(f"*{PARQUET}"))):
-        raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
-    files = trace_files(source, SUFFIXES if name is None else FORMATS[name].suffixes)
-    name = name or _found(files[0])
+    name, dumps = _dumps(source, name)
     unused = [
         field.name
         for field in fields(told)
@@ -85,7 +85,27 @@ def find(source: Path, name: str | None, told: Told) -> tuple[Format, list[Path]
             f"{source} is read as {name}, which has no use for {_option(unused[0])}.",
             remedy="Leave it out, or name another format.",
         )
-    return FORMATS[name], files
+    return FORMATS[name], dumps
+
+
+def files_of(dump: Path) -> list[Path]:
+    """The files that a dump is: itself, or those of a folder."""
+    return [dump] if dump.is_file() else list(esft.layer_files(dump).values())
+
+
+def _dumps(source: Path, name: str | None) -> tuple[str, list[Path]]:
+    if source.suffix == PARQUET or (source.is_dir() and any(source.glob(f"*{PARQUET}"))):
+        raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
+    folders = esft.folders(source)
+    if name == "esft" or (name is None and folders):
+        if not folders:
+            raise TraceError(
+                f"{source} is no folder with expert_weights_N.txt in it, or in folders rank_N of it.",
+                remedy=esft.RECORD_AGAIN,
+            )
+        return "esft", folders
+    files = trace_files(source, SUFFIXES if name is None else FORMATS[name].suffixes)
+    return name or _found(files[0]), files
 
 
 def _option(field: str) -> str:
