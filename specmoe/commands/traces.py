@@ -68,6 +68,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     importing.add_argument(
         "--top-k", type=int, metavar="K", help="experts that a token is routed to, if the source does not say"
     )
+    importing.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="B",
+        help="the source is training with B sequences a pass (router-trace)",
+    )
     info = actions.add_parser("info", help="tell what a trace holds and how predictable it is")
     info.add_argument("path", type=Path, metavar="PATH", help="a trace file, or a folder of them")
     info.add_argument("--json", type=Path, metavar="OUT", help="write the same as JSON there")
@@ -76,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         if args.action == "import":
-            told = Told(args.model, args.num_experts, args.num_layers, args.top_k)
+            told = Told(args.model, args.num_experts, args.num_layers, args.top_k, args.micro_batch)
             _import(args.source, args.out, args.format, told, args.domain)
         else:
             _info(args.path, args.json)

@@ -70,6 +70,7 @@ def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -
         ("moe_trace.csv", ["--num-experts", 4], "2 tokens of 1 sequence of toy, 2 layers"),
         ("fingerprint.json", ["--num-experts", 4], "3 tokens of 2 sequences of toy, 2 layers"),
         ("esft", ["--num-experts", 4, "--top-k", 2], "3 tokens of 2 sequences of toy, 2 layers"),
+        ("router_trace.jsonl", ["--num-experts", 4], "3 tokens of 1 sequence of toy, 2 layers"),
     ],
 )
 def test_a_dump_is_told_by_its_look_and_imported(
@@ -103,6 +104,25 @@ def test_a_folder_of_responses_is_imported_as_one_trace(tmp_path: Path) -> None:
     )
     assert header.provenance["sha256"] == told.stdout.decode().split()[0]
     assert load(tmp_path / "t").num_sequences == 4
+
+
+def test_json_beside_arrays_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_npz(tmp_path / "in" / "x.npz")
+    (tmp_path / "in" / "info.json").write_text("{}")
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t") == 0
+    assert same(load(tmp_path / "t"), made_up_trace())
+
+
+def test_a_named_format_is_found_among_files_of_other_kinds(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(FIXTURES / "router_trace.jsonl", tmp_path / "in" / "router_trace_rank0.jsonl")
+    (tmp_path / "in" / "router_state_rank0.pt").write_bytes(b"weights")
+    told = ["--model", "toy", "--num-experts", 4]
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t", *told) == 2
+    assert "has .jsonl and .pt trace files, expected one kind" in capsys.readouterr().err
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t", *told, "--format", "router-trace") == 0
+    assert load(tmp_path / "t").num_tokens == 3
 
 
 def test_the_number_of_experts_is_asked_for_where_the_source_does_not_say(

@@ -14,7 +14,7 @@ from typing import Any
 
 from traces.errors import TraceError
 from traces.files import CSV, NPZ, PARQUET, trace_files
-from traces.importers import esft, fingerprint, json_records, npz, sglang, sglang_recorder, vllm
+from traces.importers import esft, fingerprint, json_records, npz, router_trace, sglang, sglang_recorder, vllm
 from traces.importers.json_records import LINES
 from traces.importers.told import Imported, Told
 
@@ -62,10 +62,14 @@ FORMATS = {
     "fingerprint": Format(
         "GPT-OSS-MoE-ExpertFingerprinting", (JSON, LINES), fingerprint.read, frozenset({"num_experts"})
     ),
+    "router-trace": Format(
+        "Megatron-LM's router trace", (LINES,), router_trace.read, frozenset({"num_experts", "micro_batch"})
+    ),
     "esft": Format(
         "a folder of DeepSeek ESFT's expert logs", (), esft.read, frozenset({"num_experts", "top_k"})
     ),
 }
+TABLES = (NPZ, CSV)
 SUFFIXES = tuple(dict.fromkeys(suffix for form in FORMATS.values() for suffix in form.suffixes))
 
 
@@ -104,8 +108,15 @@ def _dumps(source: Path, name: str | None) -> tuple[str, list[Path]]:
                 remedy=esft.RECORD_AGAIN,
             )
         return "esft", folders
-    files = trace_files(source, SUFFIXES if name is None else FORMATS[name].suffixes)
-    return name or _found(files[0]), files
+    if name is not None:
+        return name, trace_files(source, FORMATS[name].suffixes)
+    # JSON beside arrays or tables is of something else, a summary say.
+    files = trace_files(source, TABLES if _has(source, TABLES) else SUFFIXES)
+    return _found(files[0]), files
+
+
+def _has(source: Path, suffixes: tuple[str, ...]) -> bool:
+    return source.is_dir() and any(file.suffix in suffixes for file in source.iterdir())
 
 
 def _option(field: str) -> str:
@@ -134,8 +145,9 @@ def _found(file: Path) -> str:
 
 
 def _of_record(record: dict[str, Any]) -> str | None:
-    if "router_data" in record:
-        return "fingerprint"
+    for key, name in (("router_data", "fingerprint"), ("top_indices", "router-trace")):
+        if key in record:
+            return name
     if sglang.is_response(record):
         return "sglang"
     return "vllm" if "choices" in record else None

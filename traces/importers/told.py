@@ -20,12 +20,14 @@ class Told:
     """None where nothing was told.
 
     model: the model's name. num_experts: E. num_layers: layers of the dump, dense ones too. top_k: K.
+    micro_batch: sequences of a training micro-batch.
     """
 
     model: str | None = None
     num_experts: int | None = None
     num_layers: int | None = None
     top_k: int | None = None
+    micro_batch: int | None = None
 
 
 @dataclass(frozen=True)
