@@ -90,6 +90,11 @@ def first_line(change: Callable[[str], str]) -> Callable[[list[str]], list[str]]
         (first_line(lambda line: "1\t2\t\t0.5\t0.5\n"), "txt, line 1: 1 tokens, but .*1.txt has 4 there"),
         (first_line(lambda line: "8" + line[1:]), "line 1: token 0, layer 2: expert id is 8.*logical ids"),
         (first_line(lambda line: line.replace("\t\t0.", "\t\t-0.")), "token 0, layer 1: gate is -0"),
+        (first_line(lambda line: line.replace("\t\t0.", "\t\t1e300\t0.", 1)), "8 experts and 9 weights"),
+        (
+            first_line(lambda line: line.split("\t\t")[0] + "\t\t" + "\t".join(["1e300"] * 8) + "\n"),
+            "gate is inf",
+        ),
         (lambda lines: lines[:-1], "expert_weights_2.txt has 2 lines, but .*expert_weights_1.txt 3"),
     ],
 )

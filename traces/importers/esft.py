@@ -86,7 +86,10 @@ def _texts(file: Path, top_k: int) -> Iterator[tuple[Int64[np.ndarray, "n K"], F
             try:
                 listed, weighed = line.decode("ascii").rstrip("\r\n").split("\t\t")
                 experts = np.array(listed.split("\t")).astype(np.int64)
-                weights = np.array(weighed.split("\t")).astype(np.float32)
+                with np.errstate(
+                    over="ignore"
+                ):  # what does not fit becomes infinite, and the check refuses it
+                    weights = np.array(weighed.split("\t")).astype(np.float32)
             except (ValueError, OverflowError) as error:
                 raise TraceFormatError(
                     f"{file}, line {number}: found {line[:50]!r}, expected numbers with tabs between them,"

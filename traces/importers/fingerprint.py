@@ -116,18 +116,23 @@ def _values(
         for layer in layers:
             for name, kinds in zip(FIELDS, ((int,), (int, float)), strict=True):
                 values = cells[layer].get(name)
-                top_k = top_k or (len(values) if isinstance(values, list) else 0)
-                if not isinstance(values, list) or len(values) != top_k or {*map(type, values)} - {*kinds}:
+                if not isinstance(values, list) or not values or {*map(type, values)} - {*kinds}:
                     raise record.refused(
-                        f"token_{place}, layer_{layer}: {name} is {str(values)[:100]}, expected"
-                        f" {top_k or 'some'} numbers.",
+                        f"token_{place}, layer_{layer}: {name} is {str(values)[:100]}, expected numbers.",
+                        STORE_AGAIN,
+                    )
+                top_k = top_k or len(values)
+                if len(values) != top_k:
+                    raise record.refused(
+                        f"token_{place}, layer_{layer}: {name} has {len(values)} numbers, expected {top_k}.",
                         STORE_AGAIN,
                     )
                 rows[name].append(values)
     shape = (len(tokens), len(layers), top_k)
     try:
         experts = np.array(rows["selected_experts"], np.int64).reshape(shape)
-        return experts, np.array(rows["selected_probs"], np.float32).reshape(shape)
+        with np.errstate(over="ignore"):  # what does not fit becomes infinite, and the check refuses it
+            return experts, np.array(rows["selected_probs"], np.float32).reshape(shape)
     except OverflowError as error:
         raise record.refused(f"a number is too large: {error}.", STORE_AGAIN) from error
 

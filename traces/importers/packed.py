@@ -8,6 +8,8 @@ from __future__ import annotations
 import base64
 import binascii
 import io
+import tokenize
+import warnings
 from typing import IO, Any
 
 import numpy as np
@@ -24,7 +26,12 @@ def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype[Any]]:
     version = np.lib.format.read_magic(file)
     if version not in READ_HEADER:
         raise ValueError(f"array format {version} is unknown")
-    return READ_HEADER[version](file)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about headers of Python 2, which a damaged one may look like
+            return READ_HEADER[version](file)
+    except (SyntaxError, tokenize.TokenError, TypeError, RecursionError, MemoryError) as error:
+        raise ValueError(f"the array's header is damaged ({error})") from error
 
 
 def unpack_npy(text: str) -> Shaped[np.ndarray, "..."]:
