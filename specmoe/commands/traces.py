@@ -14,24 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from specmoe.trace_import import columns, counted, import_dumps
 from traces.errors import TraceError
-from traces.files import check_same_model, digest, digest_of, load
-from traces.importers.formats import FORMATS, Format, files_of, find
-from traces.importers.told import Imported, Told
+from traces.files import digest, load
+from traces.importers.formats import FORMATS
+from traces.importers.told import Told
 from traces.statistics import temporal_locality, usage_entropy
-from traces.trace import UNKNOWN_DOMAIN, RoutingTrace
+from traces.trace import RoutingTrace
 
-# Written at a time, for the sake of the progress bar.
-TOKENS_AT_ONCE = 8192
 # Whole sequences are split: every fifth scores what the baselines learn from the four before it.
 EVERY_FIFTH = 5
 # A sample keeps this to seconds. On gpt-oss-20b its recalls are within .03 of those of three times as much.
@@ -83,7 +80,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         if args.action == "import":
             told = Told(args.model, args.num_experts, args.num_layers, args.top_k, args.micro_batch)
-            _import(args.source, args.out, args.format, told, args.domain)
+            import_dumps(args.source, args.out, format_name=args.format, told=told, domain=args.domain)
         else:
             _info(args.path, args.json)
     except OSError as error:
@@ -93,78 +90,6 @@ def run(args: argparse.Namespace) -> int:
             remedy="Check permissions and free space.",
         ) from error
     return 0
-
-
-def _import(source: Path, out: Path, name: str | None, told: Told, domain: str | None) -> None:
-    from traces.parquet import check_free
-
-    form, dumps = find(source, name, told)
-    check_free(out)
-    files = [file for dump in dumps for file in files_of(dump)]
-    provenance = {"source": source.resolve().name, "sha256": digest_of(source, files)}
-    with tqdm(total=sum(map(_size, dumps)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
-        recordings = (_recording(dump, form, told, domain) for dump in dumps)
-        first, counts = _write(out, provenance, dumps, recordings, bar)
-    spec = first.trace.spec
-    print(f"{out}: {_counted(counts)} of {spec.model}, {spec.num_layers} layers.")
-    for line in _notes(first, counts):
-        print(line)
-
-
-def _write(
-    out: Path, provenance: dict[str, str], dumps: list[Path], recordings: Iterator[Imported], bar: tqdm[Any]
-) -> tuple[Imported, Counter[str]]:
-    """One set of shards of the dumps' recordings. Returns the first of them, and what was counted in all."""
-    from traces.parquet import TraceWriter
-
-    counts: Counter[str] = Counter()
-    first = next(recordings)
-    form = _columns(first.trace)
-    with TraceWriter(out, first.trace.spec, **form, provenance=provenance) as writer:
-        for dump, imported in zip(dumps, chain([first], recordings), strict=True):
-            trace = imported.trace
-            check_same_model(trace, dump, first.trace, dumps[0])
-            before, tokens = bar.n, 0
-            for piece in _pieces(trace):
-                writer.append(piece)
-                tokens += piece.num_tokens
-                bar.update(before + _size(dump) * tokens // trace.num_tokens - bar.n)
-            counts.update(imported.notes, tokens=trace.num_tokens, sequences=trace.num_sequences)
-    return first, counts
-
-
-def _recording(dump: Path, form: Format, told: Told, domain: str | None) -> Imported:
-    imported = form.read(dump, told)
-    if domain is None:
-        return imported
-    trace = imported.trace
-    if set(trace.domains) != {UNKNOWN_DOMAIN}:
-        raise TraceError(f"{dump} names its domains itself.", remedy="Import it without --domain.")
-    return replace(imported, trace=replace(trace, domains=(domain,) * trace.num_sequences))
-
-
-def _notes(first: Imported, counts: Counter[str]) -> list[str]:
-    """What to tell of an import, a line for each."""
-    lines = [f"{counts[reason]:,} {reason}." for reason in first.notes if counts[reason]]
-    if first.dense:
-        dense = ", ".join(map(str, first.dense))
-        lines.append(f"Layers without routing (dense) do not count: {dense}. The others are numbered from 0.")
-    return lines
-
-
-def _columns(trace: RoutingTrace) -> dict[str, bool]:
-    return {"gates": trace.gates is not None, "token_ids": trace.token_ids is not None}
-
-
-def _size(dump: Path) -> int:
-    return sum(file.stat().st_size for file in files_of(dump))
-
-
-def _pieces(trace: RoutingTrace) -> Iterator[RoutingTrace]:
-    """Whole sequences, about TOKENS_AT_ONCE tokens at a time."""
-    piece = (trace.starts[1:] - 1) // TOKENS_AT_ONCE
-    for number in np.unique(piece):
-        yield trace.select(np.flatnonzero(piece == number).tolist())
 
 
 def _info(path: Path, out: Path | None) -> None:
@@ -187,7 +112,7 @@ def _describe(trace: RoutingTrace) -> dict[str, Any]:
         "num_layers": trace.spec.num_layers,
         "num_experts": trace.spec.num_experts,
         "top_k": trace.spec.top_k,
-        **_columns(trace),
+        **columns(trace),
         "tokens": trace.num_tokens,
         "sequences": trace.num_sequences,
         "sequence_tokens": {
@@ -246,7 +171,7 @@ def _text(path: Path, info: dict[str, Any]) -> str:
         [
             f"{path}: {info['model']}, {info['num_layers']} layers x {info['num_experts']} experts,"
             f" top-{info['top_k']}, with {' and '.join(given) or 'neither token ids nor gates'}",
-            f"{_counted(info)} of {length['shortest']:,} to"
+            f"{counted(info)} of {length['shortest']:,} to"
             f" {length['longest']:,} tokens (median {length['median']:,.0f})",
             f"sha256 {info['sha256']}",
             "",
@@ -295,14 +220,8 @@ def _baseline_lines(info: dict[str, Any]) -> list[str]:
     ]
     return [
         *_table([f"recall@{top_k} / recall@{2 * top_k}", *map(_ahead, distances)], rows),
-        f"fitted on {_counted(fitted)}, scored on {_counted(scored)} held out",
+        f"fitted on {counted(fitted)}, scored on {counted(scored)} held out",
     ]
-
-
-def _counted(of: Mapping[str, int]) -> str:
-    """ "13,517 tokens of 41 sequences" """
-    tokens, sequences = of["tokens"], of["sequences"]
-    return f"{tokens:,} token{'s' * (tokens != 1)} of {sequences:,} sequence{'s' * (sequences != 1)}"
 
 
 def _ahead(distance: str) -> str:

@@ -125,6 +125,17 @@ def test_a_named_format_is_found_among_files_of_other_kinds(tmp_path: Path, caps
     assert load(tmp_path / "t").num_tokens == 3
 
 
+def test_files_with_experts_in_other_layers_do_not_go_together(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    text = (FIXTURES / "router_trace.jsonl").read_text()
+    (tmp_path / "in" / "a.jsonl").write_text(text)
+    (tmp_path / "in" / "b.jsonl").write_text(text.replace('"layer": 3', '"layer": 5'))
+    options = ["--out", tmp_path / "t", "--model", "toy", "--num-experts", 4]
+    assert run("import", tmp_path / "in", *options) == 2
+    assert "b.jsonl has routing in layers [1, 5]" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
 def test_the_number_of_experts_is_asked_for_where_the_source_does_not_say(
     tmp_path: Path, capsys: Captured
 ) -> None:
@@ -167,7 +178,7 @@ def test_a_file_whose_model_has_no_usable_name_is_imported_under_another(
 def test_a_long_file_is_written_in_pieces_and_stays_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr("specmoe.trace_import.TOKENS_AT_ONCE", 5)
     trace = made_up_trace(lengths=(3, 12, 1, 1, 4))
     run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")
     assert same(load(tmp_path / "t"), trace)
@@ -176,7 +187,7 @@ def test_a_long_file_is_written_in_pieces_and_stays_the_same(
 def test_an_import_shows_a_bar_that_ends_at_the_end(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("specmoe.trace_import.TOKENS_AT_ONCE", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trace = made_up_trace(lengths=(1,) * 49)
     run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")

@@ -6,6 +6,7 @@ specmoe traces import responses.jsonl --out traces/ --num-experts 128
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,7 @@ def read(
     if not sequences or model is None:
         raise TraceError(f"{path}: no response of it has routed_experts.", remedy=enable)
     imported = trace_of(path, sequences, model=model, num_experts=num_experts, fillers=FILLERS)
-    return Imported(imported.trace, {**imported.notes, NO_EXPERTS: without}, imported.dense)
+    return replace(imported, notes={**imported.notes, NO_EXPERTS: without})
 
 
 def _model(response: Record) -> str:

@@ -91,7 +91,8 @@ def read(path: Path, told: Told) -> Imported:
         expert=routed.expert.astype(np.int16),
         weight=np.full(len(routed.text), np.nan, np.float32),
     )
-    return Imported(assemble(rows, spec).trace, {NOT_THE_PROMPT: routed.prompt_tokens})
+    layers = tuple(np.unique(routed.layer).tolist())
+    return Imported(assemble(rows, spec).trace, {NOT_THE_PROMPT: routed.prompt_tokens}, layers)
 
 
 def _routed(path: Path) -> _Routed:

@@ -105,7 +105,12 @@ def trace_of(
         _check_ids(path, sequence, complete, present, numbers, num_experts)
         pieces += _pieces(path, sequence, complete, present, spec)
         left_out += int((~complete).sum())
-    return Imported(concatenate(pieces), {NO_ROUTING: left_out}, dense=tuple(numbers[~present].tolist()))
+    return Imported(
+        concatenate(pieces),
+        {NO_ROUTING: left_out},
+        layers=tuple(numbers[present].tolist()),
+        dense=tuple(numbers[~present].tolist()),
+    )
 
 
 def _common_shape(path: Path, sequences: Sequence[Recorded]) -> tuple[int, int]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby, pairwise
 from pathlib import Path
 
@@ -87,7 +87,7 @@ def read(path: Path, told: Told) -> Imported:
         size = needed(path, told.micro_batch, "how many sequences a micro-batch has", "--micro-batch")
         sequences = [part for done in passes for part in _micro_batch(path, done, size)]
     imported = trace_of(path, sequences, model=told.model, num_experts=num_experts, layers=passes[0].layers)
-    return Imported(imported.trace, {**imported.notes, OTHER_BLOCKS: others}, imported.dense)
+    return replace(imported, notes={**imported.notes, OTHER_BLOCKS: others})
 
 
 def _layer(record: Record) -> _Layer:

@@ -55,7 +55,7 @@ def read(path: Path, told: Told) -> Imported:
     if not sequences:
         raise TraceError(f"{path} has no tokens.", remedy="Send requests between start and dump.")
     imported = trace_of(path, _without_unused_slots(sequences), model=told.model, num_experts=num_experts)
-    return Imported(imported.trace, {**imported.notes, WITHIN: batch.begun_within}, imported.dense)
+    return replace(imported, notes={**imported.notes, WITHIN: batch.begun_within})
 
 
 def _loaded(path: Path) -> dict[str, Any]:

@@ -35,11 +35,13 @@ class Imported:
     """A trace, and what to tell of it.
 
     notes: how often something was left out or odd, keyed by a sentence that goes on after the number.
-    dense: the dump's numbers of layers without routing, which the trace does not count.
+    layers: the dump's own numbers of the trace's layers; none where it has none. dense: of layers without
+    routing, which the trace does not count.
     """
 
     trace: RoutingTrace
     notes: Mapping[str, int] = field(default_factory=dict)
+    layers: tuple[int, ...] = ()
     dense: tuple[int, ...] = ()
 
 
