@@ -13,8 +13,9 @@
 #ifndef SPECMOE_H
 #define SPECMOE_H
 
-#if defined(__linux__) && !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE)
-#define _POSIX_C_SOURCE 200809L
+/* -std=c11 hides POSIX. Where nothing is hidden, nothing may be defined: it would hide the rest. */
+#if defined(__STRICT_ANSI__) && !defined(_POSIX_C_SOURCE) && !defined(_GNU_SOURCE) && !defined(_DEFAULT_SOURCE)
+#define _DEFAULT_SOURCE 1
 #endif
 
 #include <errno.h>

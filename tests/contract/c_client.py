@@ -103,6 +103,11 @@ class Driver:
         """open, close, end or ask."""
         return self._say(command, len(sequences), *sequences)
 
+    def crowd(self) -> int:
+        """Open files up to a descriptor that select cannot wait for. -1 where that is not allowed."""
+        code: int = self._say("crowd")["code"]
+        return code
+
     def start(self, sequences: Sequence[int], token_ids: Sequence[int] | None = None) -> dict[str, Any]:
         told = [0] if token_ids is None else [1, *token_ids]
         return self._say("start", len(sequences), *sequences, *told)

@@ -166,6 +166,17 @@ def test_a_token_that_ended_early_is_forgotten(client: Driver, service: dict[str
     np.testing.assert_array_equal(answers[0]["probabilities"], answers[1]["probabilities"])
 
 
+def test_a_server_with_many_files_open_is_forecast_too(client: Driver, service: dict[str, Any]) -> None:
+    if client.crowd() < 0:
+        pytest.skip("this system does not allow more than 1024 open files")
+    assert client.connect(service)["code"] == OK
+    client("open", [0])
+    client.start([0], [7])
+    assert client.wait(0)["first_layer"] == 0
+    client.route([0], LAYER)
+    assert client.wait(0)["first_layer"] == 1
+
+
 def test_a_forecast_of_an_earlier_token_is_never_given(client: Driver, service: dict[str, Any]) -> None:
     client.connect(service)
     client("open", [0])

@@ -16,7 +16,7 @@ import pytest
 from specmoe_client import Stream
 
 from model_store.store import open_store
-from tests.contract.c_client import CLIENT, COMPILERS, SOURCES, address, compiled
+from tests.contract.c_client import CLIENT, COMPILERS, ROOT, SOURCES, address, compiled
 from tests.contract.running import running_service
 from tests.contract.streams import PATIENCE_S
 from tests.deploy.external import require
@@ -27,6 +27,13 @@ README = (CLIENT / "README.md").read_text(encoding="utf-8")
 SPEC = RoutingSpec(model="gpt-oss-20b", num_layers=24, num_experts=32, top_k=4)
 PATIENT_MS = PATIENCE_S * 1000
 LLAMA = f"-I{SOURCES / 'llama'}"
+DIALECTS = ["c11", "gnu17", "c++11", "c++20"]
+STRICTLY = [
+    CLIENT / "example.c",
+    SOURCES / "driver.c",
+    SOURCES / "decoding.c",
+    ROOT / "benchmarks" / "c_client.c",
+]
 NAMES = re.compile(r"static inline [a-z_0-9 *]*?\b(specmoe_[a-z_]+[a-z])\(")
 
 
@@ -57,16 +64,14 @@ def made_up(tokens: int) -> tuple[np.ndarray, np.ndarray]:
     return random.integers(0, 1000, tokens), np.array(rows)
 
 
-@pytest.mark.parametrize("language", COMPILERS)
-@pytest.mark.parametrize("level", ["-O0", "-O2", "-O3"])
-@pytest.mark.parametrize(
-    "source", [CLIENT / "example.c", "driver.c", "decoding.c"], ids=lambda path: Path(path).stem
-)
-def test_no_compiler_warns_of_anything(language: str, level: str, source: Path | str, tmp_path: Path) -> None:
-    compiler, *dialect = COMPILERS[language]
+@pytest.mark.parametrize("dialect", DIALECTS)
+@pytest.mark.parametrize("level", ["-O0", "-O2"])
+@pytest.mark.parametrize("source", STRICTLY, ids=lambda source: f"{source.parent.name}/{source.stem}")
+def test_no_compiler_warns_of_anything(dialect: str, level: str, source: Path, tmp_path: Path) -> None:
+    compiler = ["g++", "-x", "c++"] if "++" in dialect else ["gcc"]
     flags = ["-Wall", "-Wextra", "-Wshadow", "-pedantic", "-Werror", f"-I{CLIENT}", LLAMA, level]
     done = subprocess.run(
-        [require(compiler), *dialect, *flags, str(SOURCES / source), "-o", str(tmp_path / "program")],
+        [require(compiler[0]), *compiler[1:], f"-std={dialect}", *flags, source, "-o", tmp_path / "program"],
         capture_output=True,
         text=True,
     )
@@ -114,6 +119,13 @@ def test_a_line_that_is_none_is_told(service: dict[str, Any], replay: Path, line
     )
     assert done.returncode == 1
     assert done.stderr.startswith("line 1: ")
+
+
+def test_nothing_is_allocated_once_the_stream_is_open(service: dict[str, Any], tmp_path: Path) -> None:
+    wrapped = [f"-Wl,--wrap={name}" for name in ("malloc", "calloc", "realloc")]
+    program = compiled("allocations.c", tmp_path, "-fno-sanitize=all", *wrapped)
+    printed = ran(program, address(service), "gpt-oss-20b")
+    assert re.fullmatch(r"[1-9]\d* before, 0 then\n", printed)
 
 
 @pytest.mark.parametrize("dense", [0, 3])
