@@ -42,11 +42,18 @@ def welcome(*, layers: int = LAYERS, experts: int = EXPERTS, protocol: int = 1) 
 
 
 def forecast(
-    *, kind: int = 129, count: int = 1, first: int = 0, layers: int = 1, body: bytes | None = None
+    *,
+    kind: int = 129,
+    count: int = 1,
+    first: int = 0,
+    layers: int = 1,
+    wire: int = 0,
+    token: int = 0,
+    body: bytes | None = None,
 ) -> bytes:
     """Of sequence 0's first token: experts 5 and 3 with 0.75 and 0.5, unless told otherwise."""
     ranking = struct.pack("<ffHBB", 0.75, 0.5, 2, 5, 3)
-    numbers = struct.pack("<II", 0, 0)
+    numbers = struct.pack("<II", wire, token)
     return HEADER.pack(kind, 0, count, 0, first, layers, 0) + numbers + (ranking if body is None else body)
 
 

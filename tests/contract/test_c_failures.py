@@ -264,6 +264,37 @@ def test_a_service_that_is_gone_in_the_middle_of_a_frame_is_told(client: Driver,
         assert "hung up" in answer["error"]
 
 
+LATE = {
+    "of an earlier token": ("end", forecast(token=1), forecast(token=0, body=struct.pack("<fHB", 1, 1, 1))),
+    "of an earlier opening": ("close", forecast(wire=64), forecast(body=struct.pack("<fHB", 1, 1, 1))),
+}
+
+
+@pytest.mark.parametrize(("command", "current", "late"), LATE.values(), ids=LATE.keys())
+def test_a_forecast_that_comes_late_is_not_taken_for_a_current_one(
+    client: Driver, command: str, current: bytes, late: bytes
+) -> None:
+    heard: list[tuple[int, bytes]] = []
+
+    def deed(talk: Talk) -> None:
+        talk.greet()
+        for _ in range(5 if command == "close" else 4):
+            talk.message()
+        talk.connection.sendall(frame(BINARY, current) + frame(BINARY, late) + frame(PING, b""))
+        heard.append(talk.message())
+        linger(talk)
+
+    with RawServer(deed) as server:
+        started(client, server)
+        client(command, [0])
+        if command == "close":
+            client("open", [0])
+        client.start([0])
+        assert client.wait(0)["experts"].tolist() == [[5, 3]]
+        until(lambda: client.poll()["code"] == OK and heard)
+        assert client.latest(0)["experts"].tolist() == [[5, 3]]
+
+
 def in_pieces(talk: Talk) -> None:
     """A forecast in three fragments, a ping between them, every byte by itself."""
     message = forecast()
