@@ -76,7 +76,8 @@ def _llama4(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Route
 def _dbrx(module: nn.Module, arguments: tuple[Any, ...], output: Any) -> Routed:
     """The experts' own module, given `(hidden states, ids, gates)`: the layer around it does the routing."""
     _, experts, gates = arguments
-    return Routed(experts, gates, module.num_experts)
+    num_experts: Any = module.num_experts
+    return Routed(experts, gates, num_experts)
 
 
 # By the class of the module.

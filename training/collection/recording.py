@@ -86,7 +86,9 @@ def collect(
 
     name: what to call the model in the traces; its own where None. resume: go on with what is in the folder.
 
-    Ctrl-C and errors leave whole shards, to be gone on with. Raises CollectionError, ConfigInvalid, TraceError.
+    Ctrl-C and errors leave whole shards, to be gone on with.
+
+    Raises CollectionError, ConfigInvalid, TraceError.
     """
     check_folder(out, resume=resume)
     _check_length(loaded, config)
