@@ -48,7 +48,7 @@ def test_ctrl_c_leaves_whole_shards_and_resuming_finishes_them(
 ) -> None:
     out = tmp_path / "t"
     text.write_text(text.read_text() * 40, encoding="utf-8")
-    options = ["--text", str(text), "--out", str(out), "--length", "32", "--batch-size", "1"]
+    options = ["--text", str(text), "--out", str(out), "--length", "128"]
     command = [sys.executable, "-m", "specmoe.cli", "collect", str(model), *options]
     running = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     being_written = out / ".part-000000.parquet.tmp"
@@ -58,8 +58,8 @@ def test_ctrl_c_leaves_whole_shards_and_resuming_finishes_them(
     _, said = running.communicate(timeout=60)
     assert (running.returncode, said.splitlines()[-1]) == (130, "specmoe: interrupted.")
     done = sequences_in(out)
-    assert 0 < done < len(text.read_text()) // 32
-    budget = str((done + 3) * 32)
+    assert 0 < done < len(text.read_text()) // 128
+    budget = str((done + 3) * 128)
     assert cli.main(["collect", str(model), *options, "--resume", "--tokens", budget]) == 0
     assert load(out).num_sequences == done + 3
 
