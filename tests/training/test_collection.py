@@ -20,6 +20,7 @@ from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
 from training.collection import recording
 from training.collection.model import Loaded
+from training.collection.recorder import Recorder
 from training.collection.recording import CollectConfig, collect
 from training.collection.routers import find_routers
 from training.errors import CollectionError, ConfigInvalid, RouterUnknown, TextInvalid
@@ -261,6 +262,13 @@ class OddRouter(torch.nn.Linear):
     """Looks like a router, and returns its logits alone."""
 
 
+class PlainRouter(torch.nn.Linear):
+    def forward(self, hidden: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        logits = super().forward(hidden)
+        top, experts = logits.topk(2)
+        return logits, top.softmax(-1), experts
+
+
 def test_a_model_without_experts_is_refused() -> None:
     with pytest.raises(RouterUnknown, match="Linear has no layers with experts"):
         find_routers(torch.nn.Linear(4, 4), lambda tokens: None)
@@ -280,3 +288,20 @@ def test_layers_that_differ_are_no_trace() -> None:
     odd = Loaded("odd", model, tokenizer(), False)
     with pytest.raises(RouterUnknown, match="8 experts, top-2 and 8 experts, top-3"):
         find_stacks(odd)
+
+
+def test_a_router_that_cannot_be_read_beside_one_that_can_is_named() -> None:
+    layers = torch.nn.ModuleList([torch.nn.Sequential(kind(4, 8)) for kind in (PlainRouter, OddRouter)])
+    with pytest.raises(RouterUnknown, match=r"1 modules look like routers .* the first is 1\.0: OddRouter"):
+        find_routers(layers, lambda tokens: [layer(torch.zeros(tokens, 4)) for layer in layers])
+
+
+def test_a_router_that_is_asked_twice_about_a_token_is_refused() -> None:
+    layer = torch.nn.Sequential(PlainRouter(4, 8))
+    (stack,) = find_routers(layer, lambda tokens: layer(torch.zeros(tokens, 4)))
+    recorder = Recorder([stack], hidden=False)
+    with recorder.listening(1):
+        for _ in range(2):
+            layer(torch.zeros(10, 4))
+    with pytest.raises(RouterUnknown, match="0 was asked about 20 tokens of each sequence, expected 10"):
+        recorder.take(stack, 10)

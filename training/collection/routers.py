@@ -90,9 +90,9 @@ def find_routers(model: nn.Module, run: Callable[[int], object]) -> tuple[Stack,
 
     with watched(model.named_modules(), look):
         run(PROBE_TOKENS)
-    routers = [
-        router for path, router in found.items() if not any(other.startswith(f"{path}.") for other in found)
-    ]
+    # A layer that hands its router's answer on is no router itself.
+    layers = {above for path in found for above in _above(path)}
+    routers = [router for path, router in found.items() if path not in layers]
     _refuse_unread(model, routers, unread)
     return _stacks(routers)
 

@@ -51,7 +51,7 @@ class Tokens:
 
 
 def texts_of(files: Sequence[Path], tokens: Tokens, domain: str | None) -> Iterator[Text]:
-    """Pieces of running texts, one file after another. A file's last may be shorter; it has two tokens.
+    """Pieces of running texts, one file after another. A file's last is shorter, of two tokens at least.
 
     domain: of all; each file's name where None. Raises TextInvalid where a file is no text in UTF-8.
     """
