@@ -25,14 +25,15 @@ from tqdm import trange
 
 from specmoe.bench.cores import Cores
 from specmoe.bench.machine import describe
+from training.collection.config import CollectConfig
 from training.collection.model import Loaded
 from training.collection.passes import padded
-from training.collection.recording import CollectConfig, collect
+from training.collection.recording import collect
 from training.collection.texts import Tokens, texts_of
 
 BATCH_SIZE = 8
 LENGTH, BATCHES = 256, 2
-PROMPT, NEW_TOKENS = 32, 64
+PROMPT, NEW_TOKENS = 32, 32
 END = 256
 
 

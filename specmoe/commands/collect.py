@@ -54,8 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from training.collection.config import CollectConfig
     from training.collection.model import load
-    from training.collection.recording import CollectConfig, check_folder, collect
+    from training.collection.recording import check_folder, collect
 
     config = CollectConfig(
         texts=tuple(args.text or ()),

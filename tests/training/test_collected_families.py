@@ -78,17 +78,16 @@ def test_what_is_recorded_follows_from_the_routers_weights(family: str) -> None:
     toy = loaded(family)
     recorder = recorder_of(toy, hidden=True)
     seen: dict[Any, torch.Tensor] = {}
-    weights = {}  # of a router whose layer works out the top-k, the module with the weights
-    for stack in recorder.stacks:
-        for router in stack.routers:
-            holder = (
-                toy.model.get_submodule(f"{router.path.rpartition('.')[0]}.router")
-                if family == "dbrx"
-                else router.module
-            )
-            holder.top_k = getattr(holder, "top_k", stack.top_k)
-            weights[router.module] = holder
-            holder.register_forward_pre_hook(lambda m, given, of=router.module: seen.update({of: given[0]}))
+    weights = {}
+    for router in (router for stack in recorder.stacks for router in stack.routers):
+        path = router.path
+        if family == "dbrx":  # the layer works out the top-k, between its router and its experts
+            path = f"{path.rpartition('.')[0]}.router"
+        weights[router.module] = toy.model.get_submodule(path)
+        weights[router.module].top_k = router.top_k
+        weights[router.module].register_forward_pre_hook(
+            lambda module, given, of=router.module: seen.update({of: given[0]})
+        )
     with torch.inference_mode(), recorder.listening(2):
         toy.model(**inputs(toy, random_ids((11, 11))))
     for module, routing in by_layer(recorder, 11).items():
@@ -125,7 +124,7 @@ def test_the_ids_are_the_largest_router_logits_that_the_model_tells(family: str)
 def test_a_model_with_other_routers_that_is_made_to_route_as_recorded_gives_the_same_logits(
     family: str,
 ) -> None:
-    toy, given = loaded(family), None
+    toy = loaded(family)
     recorder = recorder_of(toy)
     given = inputs(toy, random_ids((11, 11)))
     with torch.inference_mode(), recorder.listening(2):

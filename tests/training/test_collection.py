@@ -19,9 +19,10 @@ from traces.recording import sequences_in
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
 from training.collection import recording
+from training.collection.config import CollectConfig
 from training.collection.model import Loaded
 from training.collection.recorder import Recorder
-from training.collection.recording import CollectConfig, collect
+from training.collection.recording import collect
 from training.collection.routers import find_routers
 from training.errors import CollectionError, ConfigInvalid, RouterUnknown, TextInvalid
 

@@ -7,8 +7,6 @@ texts -> batches -> passes (a model with a Recorder on its routers) -> Recording
 
 from __future__ import annotations
 
-import hashlib
-import importlib.metadata
 import signal
 import threading
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,48 +23,18 @@ from tqdm import tqdm
 from traces.recording import RecordingWriter, sequences_in
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, starts_of
+from training.collection.config import CollectConfig
 from training.collection.model import Loaded
 from training.collection.passes import Recorded, expected_tokens, generate, probe, read_texts
+from training.collection.provenance import provenance_of
 from training.collection.recorder import Recorder
 from training.collection.routers import Stack, find_routers
-from training.collection.texts import Text, Tokens, prompts_of, sha256_of, texts_of
+from training.collection.texts import Text, Tokens, prompts_of, texts_of
 from training.errors import CollectionError, ConfigInvalid
 
 # What a kill loses, and what resuming reads again.
 SHARD_TOKENS = 1 << 14
 SHARD_HIDDEN_BYTES = 1 << 28
-DIGESTED_WEIGHTS = 1 << 16
-
-
-@dataclass(frozen=True)
-class CollectConfig:
-    """What to record.
-
-    texts: files of running text. prompts: a file of prompts instead.
-    domain: of everything; where None, file names and the prompts say.
-    length: tokens of a piece of text, or of a prompt at most. new_tokens: how many to generate behind each.
-    tokens: stop with the sequence that reaches so many recorded ones, all stacks together; None: at the end.
-    batch_size: sequences side by side. hidden: whether to keep what the routers see.
-    """
-
-    texts: tuple[Path, ...] = ()
-    prompts: Path | None = None
-    domain: str | None = None
-    length: int = 512
-    new_tokens: int = 0
-    tokens: int | None = None
-    batch_size: int = 8
-    hidden: bool = False
-
-    def __post_init__(self) -> None:
-        for field, least in (("length", 2), ("new_tokens", 0), ("tokens", 1), ("batch_size", 1)):
-            value = getattr(self, field)
-            if value is not None and value < least:
-                raise ConfigInvalid(f"{field} is {value}, expected {least} or more.", remedy="Correct it.")
-        if bool(self.texts) == (self.prompts is not None):
-            raise ConfigInvalid(
-                "There are texts and prompts, or neither.", remedy="Give text files, or a file of prompts."
-            )
 
 
 @dataclass(frozen=True)
@@ -95,7 +63,7 @@ def collect(
     stacks = find_routers(loaded.model, lambda tokens: probe(loaded, tokens))
     recorder = Recorder(stacks, hidden=config.hidden)
     tokens = Tokens(loaded.tokenizer, config.length)
-    provenance = _provenance(loaded, stacks, config)
+    provenance = provenance_of(loaded, stacks, config)
     folders = {stack: out / stack.name for stack in stacks}
     done = min(map(sequences_in, folders.values())) if resume else 0
     with ExitStack() as block:
@@ -226,35 +194,6 @@ def _writer(
         provenance=provenance,
         max_shard_tokens=max(shard_tokens, config.length + config.new_tokens),
     )
-
-
-def _provenance(loaded: Loaded, stacks: Sequence[Stack], config: CollectConfig) -> dict[str, str]:
-    """All that a recording depends on, so that only the same one is gone on with."""
-    files = config.texts if config.prompts is None else (config.prompts,)
-    return {
-        "source": "specmoe collect",
-        "texts": ", ".join(file.name for file in files),
-        "texts_sha256": sha256_of(files),
-        "kind": "texts" if config.texts else "prompts",
-        "domain": config.domain or "",
-        "length": str(config.length),
-        "new_tokens": str(config.new_tokens),
-        "routers": ", ".join(sorted({type(r.module).__name__ for stack in stacks for r in stack.routers})),
-        "routers_sha256": _digest(stacks),
-        "dtype": str(loaded.model.dtype).removeprefix("torch."),
-        "transformers": importlib.metadata.version("transformers"),
-    }
-
-
-def _digest(stacks: Sequence[Stack]) -> str:
-    """What tells models apart that have the same name: the first of their routers' weights."""
-    digest = hashlib.sha256()
-    for stack in stacks:
-        for router in stack.routers:
-            for parameter in router.module.parameters():
-                first = parameter.detach().flatten()[:DIGESTED_WEIGHTS]
-                digest.update(first.float().cpu().numpy().tobytes())
-    return digest.hexdigest()
 
 
 @contextmanager
