@@ -12,6 +12,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from traces.errors import TraceError
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
@@ -70,7 +72,14 @@ def run(args: argparse.Namespace) -> int:
     )
     check_folder(args.out, resume=args.resume)
     loaded = load(args.model, device=args.device, dtype=args.dtype)
-    for of in collect(loaded, config, args.out, name=args.name, resume=args.resume):
+    try:
+        collected = collect(loaded, config, args.out, name=args.name, resume=args.resume)
+    except OSError as error:
+        raise TraceError(
+            f"{error.filename or args.out} cannot be read or written: {error.strerror or error}.",
+            remedy="Check permissions and free space, then go on with --resume.",
+        ) from error
+    for of in collected:
         print(
             f"{of.folder}: {of.tokens:,} tokens of {of.sequences:,} sequences, {of.spec.num_layers} layers x"
             f" {of.spec.num_experts} experts, top-{of.spec.top_k}, of {of.spec.model}."

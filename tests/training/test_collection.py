@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -306,3 +307,31 @@ def test_a_router_that_is_asked_twice_about_a_token_is_refused() -> None:
             layer(torch.zeros(10, 4))
     with pytest.raises(RouterUnknown, match="0 was asked about 20 tokens of each sequence, expected 10"):
         recorder.take(stack, 10)
+
+
+def test_stacks_that_were_killed_apart_go_on_together(texts: tuple[Path, ...], tmp_path: Path) -> None:
+    model = loaded("switch")
+    collect(model, config(texts, tokens=100), tmp_path / "t")
+    collect(model, config(texts, tokens=40), tmp_path / "earlier")
+    shutil.rmtree(tmp_path / "t" / "decoder")
+    (tmp_path / "earlier" / "decoder").rename(tmp_path / "t" / "decoder")
+    assert sequences_in(tmp_path / "t" / "encoder") > sequences_in(tmp_path / "t" / "decoder")
+    collect(model, config(texts), tmp_path / "t", resume=True)
+    collect(model, config(texts), tmp_path / "at once")
+    for part in ("encoder", "decoder"):
+        assert alike(load(tmp_path / "t" / part), load(tmp_path / "at once" / part))
+
+
+def test_a_batch_that_does_not_fit_is_told_and_keeps_what_was_before(
+    texts: tuple[Path, ...], tmp_path: Path
+) -> None:
+    model, passes = loaded("olmoe"), iter(range(2))
+
+    def fill(*given: Any) -> None:
+        if next(passes, None) is None:
+            raise torch.OutOfMemoryError
+
+    model.model.model.register_forward_pre_hook(fill)
+    with pytest.raises(CollectionError, match=r"4 sequences of 16 tokens do not fit onto cpu.*--resume"):
+        collect(model, config(texts), tmp_path / "t")
+    assert sequences_in(tmp_path / "t") == 4

@@ -82,7 +82,7 @@ def _device(name: str) -> str:
 
 def usable(name: str) -> str:
     """The last part of a folder or a hub's name, as a RoutingSpec allows it."""
-    last = Path(name).resolve().name if Path(name).exists() else name.rsplit("/", 1)[-1]
+    last = Path(name).resolve().name if Path(name).exists() else name.rstrip("/").rsplit("/", 1)[-1]
     return re.sub(r"[^A-Za-z0-9._-]+", "-", last).lstrip("._-")[:80].lower() or "model"
 
 

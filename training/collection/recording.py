@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from jaxtyping import Float16
 from tqdm import tqdm
 
@@ -112,11 +113,7 @@ def _record(
     texts = islice(_texts(config, tokens), done, None)
     with _progress(planned, recorded) as bar:
         while not _reached(config, recorded) and (batch := list(islice(texts, config.batch_size))):
-            routed = (
-                generate(loaded, recorder, batch, config.new_tokens)
-                if config.new_tokens
-                else read_texts(loaded, recorder, batch)
-            )
+            routed = _routed(loaded, recorder, config, batch)
             for row, text in enumerate(batch):
                 if _reached(config, recorded):
                     break
@@ -126,6 +123,21 @@ def _record(
                 new = sum(len(routed[stack][row].token_ids) for stack in writers)
                 recorded += new
                 bar.update(new)
+
+
+def _routed(
+    loaded: Loaded, recorder: Recorder, config: CollectConfig, batch: Sequence[Text]
+) -> Mapping[Stack, list[Recorded]]:
+    try:
+        if config.new_tokens:
+            return generate(loaded, recorder, batch, config.new_tokens)
+        return read_texts(loaded, recorder, batch)
+    except torch.OutOfMemoryError as error:
+        raise CollectionError(
+            f"{len(batch)} sequences of {config.length + config.new_tokens} tokens do not fit onto"
+            f" {loaded.device} beside the model.",
+            remedy="Go on with a smaller --batch-size and --resume, or begin again with a smaller --length.",
+        ) from error
 
 
 def _progress(planned: int, recorded: int) -> tqdm[Any]:
