@@ -80,7 +80,7 @@ def open_store(location: str | Path | None = None) -> Store:
         except ModuleNotFoundError as error:
             raise StoreUnavailable(
                 f"{location} is on S3, which needs {error.name}.",
-                remedy="Install it: pip install 'specmoe[s3]'",
+                remedy="Install it from the repository: pip install '.[s3]'",
             ) from error
         return S3Store.open(location)
     from model_store.folder import FolderStore

@@ -58,7 +58,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         print(
-            f"specmoe {name} needs {error.name}. Install it: pip install 'specmoe[{extra}]'", file=sys.stderr
+            f"specmoe {name} needs {error.name}. Install it from the repository: pip install '.[{extra}]'",
+            file=sys.stderr,
         )
         return 2
     except KeyboardInterrupt:

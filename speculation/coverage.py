@@ -1,6 +1,7 @@
 """How many experts to fetch so that with a given probability all the routed ones are among them.
 
-The numbers were counted on validation routing and are in the manifest; here they are only looked up.
+The numbers were counted on validation routing and are in the manifest; here they are only looked up. The
+probability holds over the layers at a distance, not for each of them (`training.survey`).
 
     n = coverage_size(manifest.coverage, level=0.95, layer=7, seen=5)
 """

@@ -8,7 +8,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from traces.errors import TraceError
@@ -66,7 +66,7 @@ def check_same_model(trace: RoutingTrace, file: Path, first: RoutingTrace, first
         )
 
 
-def trace_files(path: Path) -> list[Path]:
+def trace_files(path: Path, suffixes: Collection[str] = tuple(READERS)) -> list[Path]:
     """The trace files of a folder in name order, or the one file itself; all of one kind.
 
     Raises TraceError where there is none, its extension is unknown, or a folder mixes kinds.
@@ -74,32 +74,36 @@ def trace_files(path: Path) -> list[Path]:
     if not path.exists():
         raise TraceError(f"{path} does not exist.", remedy="Check the path.")
     if path.is_file():
-        if path.suffix not in READERS:
+        if path.suffix not in suffixes:
             raise TraceError(
-                f"{path} has extension {path.suffix!r}, expected {', '.join(READERS)}.",
-                remedy="Convert the recording; docs/trace-format.md describes each form.",
+                f"{path} has extension {path.suffix!r}, expected {', '.join(suffixes)}.",
+                remedy="Import it: specmoe traces import. docs/importing.md tells what it reads.",
             )
         return [path]
-    files = sorted(file for file in path.iterdir() if file.suffix in READERS and file.is_file())
+    files = sorted(file for file in path.iterdir() if file.suffix in suffixes and file.is_file())
     kinds = sorted({file.suffix for file in files})
     if len(kinds) != 1:
         raise TraceError(
             f"{path} has {' and '.join(kinds) if kinds else 'no'} trace files, expected one kind of"
-            f" {', '.join(READERS)}.",
+            f" {', '.join(suffixes)}.",
             remedy="Give a folder with trace files of one kind.",
         )
     return files
 
 
 def digest(path: Path) -> str:
-    """sha256 of a trace, in hex: of the file, or of a folder's trace files in name order.
+    """sha256 of a trace, in hex: of the file, or of a folder's trace files in name order."""
+    return digest_of(path, trace_files(path))
+
+
+def digest_of(path: Path, files: Sequence[Path]) -> str:
+    """sha256 of the file, or of these files of a folder, in hex.
 
     A folder's is what `sha256sum FILES | sha256sum` prints inside of it, so that anyone can check it.
     """
-    files = trace_files(path)
     if path.is_file():
         return _sha256(path)
-    listing = "".join(f"{_sha256(file)}  {file.name}\n" for file in files)
+    listing = "".join(f"{_sha256(file)}  {file.relative_to(path)}\n" for file in files)
     return hashlib.sha256(listing.encode()).hexdigest()
 
 

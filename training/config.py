@@ -15,6 +15,7 @@ class TrainConfig:
     batch_tokens: tokens of a step, over all processes (count; a multiple of block_tokens).
     block_tokens: consecutive tokens drawn together, so that their history is built once (count).
     prefixes: prefixes of seen layers tried for each token of a step, the empty one among them (count).
+    near: by how much more the layer after the last one seen counts; less, the further ahead (1).
     learning_rate: peak step size of AdamW (1).
     weight_decay: decoupled decay of weight matrices and embeddings (1 / step size).
     warmup_steps: steps until the peak step size; after it, a cosine down to 0 (count).
@@ -38,6 +39,7 @@ class TrainConfig:
     batch_tokens: int = 256
     block_tokens: int = 4
     prefixes: int = 4
+    near: float = 0.0
     learning_rate: float = 3e-3
     weight_decay: float = 0.2
     warmup_steps: int = 100
@@ -60,7 +62,7 @@ class TrainConfig:
         for name in ("passes", "batch_tokens", "block_tokens", "prefixes", "evaluate_every", "patience"):
             demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         demand(0 < self.learning_rate < 1, "learning_rate", self.learning_rate, "between 0 and 1")
-        for name in ("weight_decay", "warmup_steps", "restarts", "seed"):
+        for name in ("near", "weight_decay", "warmup_steps", "restarts", "seed"):
             demand(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("averaging", "drop_token_id", "drop_gates", "drop_history", "drop_pair", "rare_token"):
             demand(0 <= getattr(self, name) < 1, name, getattr(self, name), "0 or more and below 1")
@@ -88,6 +90,7 @@ class PrefixConfig:
     repeats: newest places with the same id that count (count).
     repeat_decay: what a place counts beside the next newer one (0 to 1).
     earlier_width: of what the trunk is told of each average and of the repeats (channels).
+    reach: layers ahead of which pairs of experts tell, one of a layer seen and one to come (layers).
     layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
     token_width: of the embedding of a token, or of a pair of them (channels).
     recent_tokens: past tokens whose ids are remembered (count).
@@ -99,10 +102,11 @@ class PrefixConfig:
     hidden: int = 512
     blocks: int = 1
     decays: tuple[float, ...] = (0.0, 0.7, 0.97)
-    window: int = 144
+    window: int = 112
     repeats: int = 3
     repeat_decay: float = 0.6
     earlier_width: int = 64
+    reach: int = 8
     layer_decay: float = 0.5
     token_width: int = 88
     recent_tokens: int = 2
@@ -110,7 +114,16 @@ class PrefixConfig:
     input_dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        sizes = ("width", "hidden", "blocks", "repeats", "earlier_width", "token_width", "recent_tokens")
+        sizes = (
+            "width",
+            "hidden",
+            "blocks",
+            "repeats",
+            "earlier_width",
+            "reach",
+            "token_width",
+            "recent_tokens",
+        )
         for name in sizes:
             demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         demand(

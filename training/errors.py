@@ -87,6 +87,6 @@ def check_same_shape(trace: RoutingSpec, expected: RoutingSpec, owner: str) -> N
         came, wanted = getattr(trace, field), getattr(expected, field)
         if came != wanted:
             raise SpecMismatch(
-                f"The trace of {trace.model} has {field} {came}, {owner} has {wanted}.",
+                f"The trace of {trace.model} has {field} {came}, expected {wanted} as in {owner}.",
                 remedy="Use traces recorded from the model it was made for.",
             )

@@ -26,7 +26,7 @@ from training.augmentation import draw_change
 from training.config import TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.examples import Batch, Examples
-from training.loss import set_loss, top_one_loss, unseen
+from training.loss import set_loss, top_one_loss, unseen, weighted
 from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
 from training.predictors.predictor import Predictor
@@ -118,7 +118,7 @@ class Trainer:
         """One step. Returns its loss, the mean over all processes."""
         plan = plan_step(self.train, self.config, self.step)
         lengths = torch.from_numpy(self.train.length[plan.blocks])
-        weight = _total_weight(plan, lengths, self.train.spec.num_layers)
+        weight = _total_weight(plan, lengths, self.train.spec.num_layers, self.config.near)
         torch.manual_seed(hash((self.config.seed, self.step, self.where.rank)) & 0xFFFFFFFF)
         rate = schedule(self.step, self.total_steps, self.config.warmup_steps, self.config.restarts)
         for group in self.optimizer.param_groups:
@@ -159,7 +159,8 @@ class Trainer:
         rows[rare, :-1] = vocabulary.shared_rows(ids[rare])
         rows[rare | lone, -1] = UNKNOWN_ROW
         seen = torch.from_numpy(plan.seen[inside])
-        return self._summed_loss(self.predictor, batch, targets, torch.from_numpy(rows), seen)[0]
+        weight = weighted(seen, self.train.spec.num_layers, self.config.near)
+        return self._summed_loss(self.predictor, batch, targets, torch.from_numpy(rows), seen, weight)[0]
 
     def _summed_loss(
         self,
@@ -168,13 +169,15 @@ class Trainer:
         targets: Float[Tensor, "B L E"],
         rows: Int64[Tensor, "B R"],
         seen: Int64[Tensor, "B P"],
+        weight: Float[Tensor, "B P L"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "*M B P L E"], Float[Tensor, "B L E"]]:
         """Loss, logits and targets, on this process's device. Of M answers, the loss is the mean."""
         batch = batch.to(self.where.device)
-        targets, rows, seen = (tensor.to(self.where.device) for tensor in (targets, rows, seen))
+        targets, rows, seen, weight = (
+            tensor.to(self.where.device) for tensor in (targets, rows, seen, weight)
+        )
         logits = predictor(batch, rows, seen)
-        spec = self.train.spec
-        loss = (top_one_loss if spec.top_k == 1 else set_loss)(logits, targets, unseen(seen, spec.num_layers))
+        loss = (top_one_loss if self.train.spec.top_k == 1 else set_loss)(logits, targets, weight)
         return loss * (targets.numel() * seen.shape[1] / logits.numel()), logits, targets
 
     @torch.no_grad()
@@ -190,10 +193,13 @@ class Trainer:
                 continue
             rows = torch.from_numpy(self.predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
             prefixes = seen.expand(len(rows), -1)
-            loss, logits, targets = self._summed_loss(self.average, batch, batch.targets, rows, prefixes)
+            counted = unseen(prefixes, spec.num_layers)
+            loss, logits, targets = self._summed_loss(
+                self.average, batch, batch.targets, rows, prefixes, counted
+            )
             hits = targets[:, None].expand_as(logits).gather(-1, logits.topk(spec.top_k).indices).sum(-1)
             ahead = [hits[:, p, int(s)].sum() for p, s in enumerate(seen) if s > 0]
-            weight = unseen(prefixes, spec.num_layers).sum()
+            weight = counted.sum()
             sums += torch.stack(
                 [
                     loss,
@@ -283,10 +289,10 @@ def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
     return update
 
 
-def _total_weight(plan: Plan, lengths: Int64[Tensor, "N"], num_layers: int) -> float:
-    """How many unseen layers the whole step scores, over all processes."""
+def _total_weight(plan: Plan, lengths: Int64[Tensor, "N"], num_layers: int, near: float) -> float:
+    """What all unseen layers of the step count together, over all processes."""
     inside = torch.arange(plan.seen.shape[1]) < lengths[:, None]
-    return float((num_layers - torch.from_numpy(plan.seen)[inside]).sum())
+    return float(weighted(torch.from_numpy(plan.seen)[inside], num_layers, near).sum())
 
 
 def _events(folder: Path, where: Processes, step: int) -> Any:

@@ -7,11 +7,24 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
+# Layers over which the weight of the next one falls by a factor of e.
+NEAR = 3.0
+
 
 def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:
     """1 for every layer that comes after the first `seen` ones, else 0."""
     layer = torch.arange(num_layers, device=seen.device)
     return (layer >= seen[..., None]).float()
+
+
+def weighted(seen: Int64[Tensor, "B P"], num_layers: int, near: float) -> Float[Tensor, "B P L"]:
+    """What each layer counts in training: as `unseen`; once layers were seen, the next one 1 + near times.
+
+    The further ahead, the less of it. At token start, all alike.
+    """
+    ahead = torch.arange(num_layers, device=seen.device) - seen[..., None]
+    told = (seen > 0)[..., None]
+    return (ahead >= 0) * (1 + near * told * torch.exp(-ahead.clamp(min=0) / NEAR))
 
 
 def top_one_loss(

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import torch
 
-from model_store.store import open_store
+from model_store.documents import check_alias
+from model_store.store import Store, open_store
 from speculation.publishing import publish_export
 from training.config import TrainConfig
 from training.errors import check_same_shape
@@ -18,7 +19,7 @@ from training.loop import Trainer
 from training.predictor_configs import PredictorConfig
 from training.predictors import examples_of, kind_of
 from training.processes import Processes, processes
-from training.run import Run, check_resumable, environment, load_traces, write_run
+from training.run import Run, check_apart, check_resumable, environment, load_traces, write_run
 from training.vocabulary import Vocabulary
 
 
@@ -40,12 +41,16 @@ def train(
 
     predictor: the name it goes by (`training.presets`); what it is follows from its config.
     Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
-    the folder holds another run, and what exporting and publishing raise.
+    a trace is given for both or the folder holds another run, and what exporting and publishing raise.
     """
+    destination = None if store is None else open_store(store)
+    for alias in aliases:  # before hours of training, not after them
+        check_alias(alias)
     with processes() as where:
         train_trace, train_sources = load_traces(traces, "train", model)
-        validation_trace, validation_sources = load_traces(validation, "validation", train_trace.spec.model)
+        validation_trace, validation_sources = load_traces(validation, "validation")
         check_same_shape(validation_trace.spec, train_trace.spec, "the training traces")
+        check_apart(train_sources, validation_sources)
         vocabulary = Vocabulary.of(train_trace.token_ids, train_trace.starts)
         run = Run(
             spec=train_trace.spec,
@@ -74,13 +79,13 @@ def train(
             trainer.resume()
         trainer.fit()
         if where.leads:
-            _finish(folder, store, aliases, where)
+            _finish(folder, destination, aliases, where)
 
 
-def _finish(folder: Path, store: str | None, aliases: tuple[str, ...], where: Processes) -> None:
+def _finish(folder: Path, store: Store | None, aliases: tuple[str, ...], where: Processes) -> None:
     if store is None:
         print(f"Trained into {folder}. Next: specmoe export {folder}")
         return
     exported = export(folder, progress=where.leads)
-    manifest = publish_export(exported, open_store(store), aliases=aliases)
-    print(f"Published {manifest.spec.model} version {manifest.version} to {store}.")
+    manifest = publish_export(exported, store, aliases=aliases)
+    print(f"Published {manifest.spec.model} version {manifest.version} to {store.location}.")

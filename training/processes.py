@@ -1,6 +1,6 @@
 """Where training runs: device, threads, and the processes of `torchrun` that share the work.
 
-torchrun --nproc-per-node 2 -m specmoe.cli train ...
+torchrun --nproc-per-node 2 -m -- specmoe.cli train ...
 """
 
 from __future__ import annotations

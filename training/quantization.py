@@ -5,17 +5,19 @@ onnx_graph -> quantized -> export
 A constant factor of a product is cut, column by column, into blocks of 64 weights, each with a scale of its
 own. ONNX Runtime's `MatMulNBits` rounds what it multiplies them with to 8 bits, too, block by block and row
 by row: so a sequence's forecast does not depend on which others are in its batch.
+
+Tables that are looked up are cut along their rows; they are widened once, when the graph is loaded.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx
 import onnxruntime
-from jaxtyping import Float32, UInt8
+from jaxtyping import Float32, Int8, UInt8
 from onnx import helper, numpy_helper
 
 # 128: up to twice as coarse, and no faster. 32: twice the scales, and slower.
@@ -45,7 +47,7 @@ class _Product:
 
 
 def quantized(graph: bytes, exact: Sequence[str] = ()) -> bytes:
-    """The same graph, its large constant factors in 8 bits.
+    """The same graph, its large constant factors and tables in 8 bits.
 
     exact: how the names of those end that stay as they are, because another graph has them in a table.
     """
@@ -62,9 +64,9 @@ def quantized(graph: bytes, exact: Sequence[str] = ()) -> bytes:
             found, initializers = _in_blocks(product, np.ascontiguousarray(weight), name)
             replaced[product.node.output[0]] = found
             model.graph.initializer.extend(initializers)
-    nodes = [new for node in model.graph.node for new in replaced.get(node.output[0], [node])]
-    del model.graph.node[:]
-    model.graph.node.extend(nodes)
+    _replace(model.graph, replaced)
+    _drop_unused(model.graph)
+    _replace(model.graph, _tables(model.graph, exact))
     _drop_unused(model.graph)
     if replaced:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
@@ -79,6 +81,46 @@ def blocks_of(
     filled = np.pad(weight, ((0, 0), (0, -width % BLOCK))).reshape(rows, -1, BLOCK)
     scales = np.maximum(np.abs(filled).max(axis=-1) / LARGEST, np.finfo(np.float32).tiny).astype(np.float32)
     return (np.rint(filled / scales[..., None]) + ZERO).astype(np.uint8), scales
+
+
+def _tables(graph: onnx.GraphProto, exact: Sequence[str]) -> dict[str, list[onnx.NodeProto]]:
+    """What takes the place of the nodes that widen tables in half precision; adds what it reads."""
+    halves = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT16}
+    replaced = {}
+    for node in graph.node:
+        half = halves.get(node.input[0]) if node.op_type == "Cast" else None
+        (name,) = node.output if half else ("",)
+        if half is None or np.prod(half.dims) < SMALLEST or len(half.dims) < 2 or name.endswith(tuple(exact)):
+            continue
+        numbers, scales = rows_of(numpy_helper.to_array(half).astype(np.float32))
+        parts = {"rows": numbers, "scales": scales, "shape": np.array(half.dims, np.int64)}
+        graph.initializer.extend(numpy_helper.from_array(part, f"{name}.{of}") for of, part in parts.items())
+        replaced[name] = [
+            helper.make_node("Cast", [f"{name}.rows"], [f"{name}.cast"], to=onnx.TensorProto.FLOAT),
+            helper.make_node("Mul", [f"{name}.cast", f"{name}.scales"], [f"{name}.scaled"]),
+            helper.make_node("Reshape", [f"{name}.scaled", f"{name}.shape"], [name]),
+        ]
+    return replaced
+
+
+def rows_of(
+    table: Float32[np.ndarray, "*N C"],
+) -> tuple[Int8[np.ndarray, "*N M 64"], Float32[np.ndarray, "*N M 1"]]:
+    """(numbers, scales) of M blocks a row, or of rows as they are where blocks do not fill them up.
+
+    An entry is number * scale.
+    """
+    block = BLOCK if table.shape[-1] % BLOCK == 0 else table.shape[-1]
+    blocks = table.reshape(*table.shape[:-1], -1, block)
+    scales = np.maximum(np.abs(blocks).max(axis=-1, keepdims=True) / LARGEST, np.finfo(np.float32).tiny)
+    return np.rint(blocks / scales).astype(np.int8), scales.astype(np.float32)
+
+
+def _replace(graph: onnx.GraphProto, replaced: Mapping[str, list[onnx.NodeProto]]) -> None:
+    """Others instead of the nodes whose first output has a name among these."""
+    nodes = [new for node in graph.node for new in replaced.get(node.output[0], [node])]
+    del graph.node[:]
+    graph.node.extend(nodes)
 
 
 def _product(node: onnx.NodeProto, constants: set[str]) -> _Product | None:

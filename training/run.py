@@ -10,7 +10,7 @@ import os
 import platform
 import subprocess
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, is_dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, Literal
@@ -111,9 +111,33 @@ def check_resumable(folder: Path, run: Run) -> None:
         came, expected = getattr(run, name), getattr(recorded, name)
         if came != expected:
             raise RunInvalid(
-                f"{folder} was started with other {name.replace('_', ' ')}: {expected}, now {came}.",
+                f"{folder} was started with other {name.replace('_', ' ')}: {_differences(expected, came)}.",
                 remedy="Resume with the options and traces it began with, or choose a new --run folder.",
             )
+
+
+def check_apart(train: tuple[TraceSource, ...], validation: tuple[TraceSource, ...]) -> None:
+    """Raise RunInvalid where a validation trace is a training trace too: its scores would tell nothing."""
+    learnt = {source.sha256: source.name for source in train}
+    for source in validation:
+        if source.sha256 in learnt:
+            raise RunInvalid(
+                f"{source.name} is given for validation, and the same recording, as {learnt[source.sha256]},"
+                " for training.",
+                remedy="Validate on sequences of their own: training stops, and probabilities are"
+                " calibrated, by what they show.",
+            )
+
+
+def _differences(expected: Any, came: Any) -> str:
+    """What differs, by field where both are of one dataclass."""
+    if not is_dataclass(expected) or type(expected) is not type(came):
+        return f"{expected}, now {came}"
+    return "; ".join(
+        f"{field.name} {_differences(getattr(expected, field.name), getattr(came, field.name))}"
+        for field in fields(expected)
+        if getattr(expected, field.name) != getattr(came, field.name)
+    )
 
 
 def load_traces(

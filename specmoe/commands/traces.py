@@ -2,10 +2,11 @@
 
     specmoe traces import recording.npz --out traces/
     specmoe traces import recording.route.csv --out traces/ --model qwen3-30b-a3b --domain chat
+    specmoe traces import responses.jsonl --out traces/ --num-experts 128
     specmoe traces info traces/ --json info.json
 
 Traces are .npz files, route-trace .csv files, folders of either, and folders of Parquet shards, which is what
-import writes. docs/trace-format.md describes them all.
+import writes: docs/trace-format.md. What else can be imported: docs/importing.md.
 """
 
 from __future__ import annotations
@@ -13,24 +14,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from itertools import chain
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
 
+from specmoe.trace_import import columns, counted, import_dumps
 from traces.errors import TraceError
-from traces.files import NPZ, PARQUET, check_same_model, digest, load, trace_files
-from traces.importers import npz
-from traces.spec import RoutingSpec
+from traces.files import digest, load
+from traces.importers.formats import FORMATS
+from traces.importers.told import Told
 from traces.statistics import temporal_locality, usage_entropy
-from traces.trace import UNKNOWN_DOMAIN, RoutingTrace
+from traces.trace import RoutingTrace
 
-# Written at a time, for the sake of the progress bar.
-TOKENS_AT_ONCE = 8192
 # Whole sequences are split: every fifth scores what the baselines learn from the four before it.
 EVERY_FIFTH = 5
 # A sample keeps this to seconds. On gpt-oss-20b its recalls are within .03 of those of three times as much.
@@ -43,15 +41,35 @@ MAX_DOMAINS_SHOWN = 20
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     actions = parser.add_subparsers(dest="action", required=True, metavar="import|info")
     importing = actions.add_parser("import", help="write a recording as a folder of Parquet shards")
-    importing.add_argument(
-        "source", type=Path, metavar="SOURCE", help="an .npz or .csv file, or a folder of them"
-    )
+    importing.add_argument("source", type=Path, metavar="SOURCE", help="a file, or a folder of one kind")
     importing.add_argument(
         "--out", type=Path, required=True, metavar="FOLDER", help="new or empty; nothing is overwritten"
     )
     importing.add_argument("--model", metavar="NAME", help="call the model so, whatever the source calls it")
     importing.add_argument(
         "--domain", metavar="NAME", help="where the prompts came from, if the source does not say"
+    )
+    known = "; ".join(f"{name}: {form.what}" for name, form in FORMATS.items())
+    importing.add_argument(
+        "--format",
+        choices=FORMATS,
+        metavar="NAME",
+        help=f"what the source is, if its look does not say: {known}",
+    )
+    importing.add_argument(
+        "--num-experts", type=int, metavar="E", help="routed experts of a layer, if the source does not say"
+    )
+    importing.add_argument(
+        "--num-layers", type=int, metavar="D", help="layers of the model, dense ones too (sglang)"
+    )
+    importing.add_argument(
+        "--top-k", type=int, metavar="K", help="experts that a token is routed to, if the source does not say"
+    )
+    importing.add_argument(
+        "--micro-batch",
+        type=int,
+        metavar="B",
+        help="the source is training with B sequences a pass (router-trace)",
     )
     info = actions.add_parser("info", help="tell what a trace holds and how predictable it is")
     info.add_argument("path", type=Path, metavar="PATH", help="a trace file, or a folder of them")
@@ -61,7 +79,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     try:
         if args.action == "import":
-            _import(args.source, args.out, args.model, args.domain)
+            told = Told(args.model, args.num_experts, args.num_layers, args.top_k, args.micro_batch)
+            import_dumps(args.source, args.out, format_name=args.format, told=told, domain=args.domain)
         else:
             _info(args.path, args.json)
     except OSError as error:
@@ -71,83 +90,6 @@ def run(args: argparse.Namespace) -> int:
             remedy="Check permissions and free space.",
         ) from error
     return 0
-
-
-def _import(source: Path, out: Path, model: str | None, domain: str | None) -> None:
-    from traces.parquet import check_free
-
-    files = trace_files(source)
-    if files[0].suffix == PARQUET:
-        raise TraceError(f"{source} is in specMoE's own form already.", remedy="Use it as it is.")
-    check_free(out)
-    provenance = {"source": source.resolve().name, "sha256": digest(source)}
-    with tqdm(total=sum(map(_size, files)), unit="B", unit_scale=True, desc="importing", disable=None) as bar:
-        recordings = (_recording(file, model, domain) for file in files)
-        spec, counts = _write(out, provenance, files, recordings, bar)
-    print(f"{out}: {_counted(counts)} of {spec.model}.")
-    if counts["left_out"]:
-        print(f"{counts['left_out']:,} prompt tokens were left out: the recorder has no last layer of them.")
-
-
-def _write(
-    out: Path, provenance: dict[str, str], files: list[Path], recordings: Iterator[_Recording], bar: tqdm[Any]
-) -> tuple[RoutingSpec, Counter[str]]:
-    """One set of shards of the files' recordings. Returns their spec, and how many tokens and sequences."""
-    from traces.parquet import TraceWriter
-
-    counts: Counter[str] = Counter()
-    first = next(recordings)
-    form = _columns(first.trace)
-    with TraceWriter(out, first.trace.spec, **form, provenance=provenance) as writer:
-        for file, (trace, left_out) in zip(files, chain([first], recordings), strict=True):
-            check_same_model(trace, file, first.trace, files[0])
-            before, tokens = bar.n, 0
-            for piece in _pieces(trace):
-                writer.append(piece)
-                tokens += piece.num_tokens
-                bar.update(before + _size(file) * tokens // trace.num_tokens - bar.n)
-            counts.update(tokens=trace.num_tokens, sequences=trace.num_sequences, left_out=left_out)
-    return first.trace.spec, counts
-
-
-class _Recording(NamedTuple):
-    """left_out: tokens of the file that are not in the trace."""
-
-    trace: RoutingTrace
-    left_out: int
-
-
-def _recording(file: Path, model: str | None, domain: str | None) -> _Recording:
-    trace, left_out = _read(file, model)
-    if domain is None:
-        return _Recording(trace, left_out)
-    if set(trace.domains) != {UNKNOWN_DOMAIN}:
-        raise TraceError(f"{file} names its domains itself.", remedy="Import it without --domain.")
-    return _Recording(replace(trace, domains=(domain,) * trace.num_sequences), left_out)
-
-
-def _read(file: Path, model: str | None) -> tuple[RoutingTrace, int]:
-    if file.suffix == NPZ:
-        return npz.read(file, model=model), 0
-    from traces.importers import route_csv
-
-    imported = route_csv.read(file, model=model)
-    return imported.trace, imported.left_out
-
-
-def _columns(trace: RoutingTrace) -> dict[str, bool]:
-    return {"gates": trace.gates is not None, "token_ids": trace.token_ids is not None}
-
-
-def _size(file: Path) -> int:
-    return file.stat().st_size
-
-
-def _pieces(trace: RoutingTrace) -> Iterator[RoutingTrace]:
-    """Whole sequences, about TOKENS_AT_ONCE tokens at a time."""
-    piece = (trace.starts[1:] - 1) // TOKENS_AT_ONCE
-    for number in np.unique(piece):
-        yield trace.select(np.flatnonzero(piece == number).tolist())
 
 
 def _info(path: Path, out: Path | None) -> None:
@@ -170,7 +112,7 @@ def _describe(trace: RoutingTrace) -> dict[str, Any]:
         "num_layers": trace.spec.num_layers,
         "num_experts": trace.spec.num_experts,
         "top_k": trace.spec.top_k,
-        **_columns(trace),
+        **columns(trace),
         "tokens": trace.num_tokens,
         "sequences": trace.num_sequences,
         "decoded_tokens": None if trace.prefill is None else int((~trace.prefill).sum()),
@@ -230,7 +172,7 @@ def _text(path: Path, info: dict[str, Any]) -> str:
         [
             f"{path}: {info['model']}, {info['num_layers']} layers x {info['num_experts']} experts,"
             f" top-{info['top_k']}, with {' and '.join(given) or 'neither token ids nor gates'}",
-            f"{_counted(info)} of {length['shortest']:,} to"
+            f"{counted(info)} of {length['shortest']:,} to"
             f" {length['longest']:,} tokens (median {length['median']:,.0f})",
             *_decoded_lines(info),
             f"sha256 {info['sha256']}",
@@ -285,14 +227,8 @@ def _baseline_lines(info: dict[str, Any]) -> list[str]:
     ]
     return [
         *_table([f"recall@{top_k} / recall@{2 * top_k}", *map(_ahead, distances)], rows),
-        f"fitted on {_counted(fitted)}, scored on {_counted(scored)} held out",
+        f"fitted on {counted(fitted)}, scored on {counted(scored)} held out",
     ]
-
-
-def _counted(of: Mapping[str, int]) -> str:
-    """ "13,517 tokens of 41 sequences" """
-    tokens, sequences = of["tokens"], of["sequences"]
-    return f"{tokens:,} token{'s' * (tokens != 1)} of {sequences:,} sequence{'s' * (sequences != 1)}"
 
 
 def _ahead(distance: str) -> str:

@@ -2,9 +2,9 @@
 
 Everything goes into the --run folder: checkpoint, TensorBoard events, the record of what was asked for. With
 --publish the run is also exported, checked and put into a store. Several processes: torchrun
---nproc-per-node N -m specmoe.cli train ...
+--nproc-per-node N -m -- specmoe.cli train ...
 
-Knobs that are not given are as --predictor has them; docs/training.md tells what they are for.
+Knobs that are not given are as --predictor has them; docs/training-guide.md tells what they are for.
 """
 
 from __future__ import annotations
@@ -46,6 +46,11 @@ def run(args: argparse.Namespace) -> int:
 
     if args.publish and not args.store:
         raise ConfigInvalid("--publish has no --store.", remedy="Say where to publish: --store FOLDER.")
+    if (args.store or args.alias) and not args.publish:
+        raise ConfigInvalid(
+            "--store and --alias are given without --publish.",
+            remedy="Give --publish as well, or leave them out and run specmoe export and publish later.",
+        )
     preset = PRESETS[args.predictor]
     _refuse_others(args, preset.train, preset.config)
     train(

@@ -44,8 +44,8 @@ def test_an_unknown_subcommand_is_named(capsys: pytest.CaptureFixture[str]) -> N
     ("error", "status", "message"),
     [
         (SpecMoEError("It is 3.", remedy="Make it 4."), 2, "specmoe: It is 3. Make it 4."),
-        (ModuleNotFoundError("no torch", name="torch"), 2, "pip install 'specmoe[training]'"),
-        (ModuleNotFoundError("no arrow", name="pyarrow.parquet"), 2, "pip install 'specmoe[traces]'"),
+        (ModuleNotFoundError("no torch", name="torch"), 2, "pip install '.[training]'"),
+        (ModuleNotFoundError("no arrow", name="pyarrow.parquet"), 2, "pip install '.[traces]'"),
         (KeyboardInterrupt(), 130, "interrupted"),
     ],
     ids=["bad input", "no torch", "no pyarrow", "interrupted"],

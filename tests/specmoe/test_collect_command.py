@@ -94,4 +94,4 @@ def test_without_transformers_it_says_what_to_install() -> None:
     code += "from specmoe.cli import main; sys.exit(main(['collect', 'm', '--text', 'x', '--out', 'never']))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert "pip install 'specmoe[collect]'" in done.stderr
+    assert "pip install '.[collect]'" in done.stderr

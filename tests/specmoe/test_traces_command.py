@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,8 +14,9 @@ import numpy as np
 import pytest
 
 from specmoe.cli import main
-from tests.traces.made_up import made_up_trace, preamble, same, write_npz, write_route_csv
+from tests.traces.made_up import FIXTURES, made_up_trace, preamble, same, write_npz, write_route_csv
 from traces.files import digest, load
+from traces.importers.formats import FORMATS
 from traces.shard import Shard
 from traces.spec import RoutingSpec
 from traces.trace import concatenate
@@ -55,6 +58,114 @@ def test_a_csv_import_tells_what_it_left_out(tmp_path: Path, capsys: Captured) -
     assert (trace.spec.model, trace.domains) == ("toy", ("chat", "chat"))
 
 
+@pytest.mark.parametrize(
+    ("fixture", "options", "line"),
+    [
+        (
+            "sglang.jsonl",
+            ["--num-experts", 4, "--num-layers", 3, "--top-k", 2],
+            "5 tokens of 2 sequences of toy",
+        ),
+        ("sglang_recorder.pt", [], "5 tokens of 2 sequences of toy, 2 layers"),
+        ("moe_trace.csv", ["--num-experts", 4], "2 tokens of 1 sequence of toy, 2 layers"),
+        ("fingerprint.json", ["--num-experts", 4], "3 tokens of 2 sequences of toy, 2 layers"),
+        ("esft", ["--num-experts", 4, "--top-k", 2], "3 tokens of 2 sequences of toy, 2 layers"),
+        ("router_trace.jsonl", ["--num-experts", 4], "3 tokens of 1 sequence of toy, 2 layers"),
+    ],
+)
+def test_a_dump_is_told_by_its_look_and_imported(
+    tmp_path: Path, capsys: Captured, fixture: str, options: list[object], line: str
+) -> None:
+    assert run("import", FIXTURES / fixture, "--out", tmp_path / "t", "--model", "toy", *options) == 0
+    assert line in capsys.readouterr().out
+    assert load(tmp_path / "t").spec.model == "toy"
+
+
+def test_responses_are_told_from_other_json_and_imported(tmp_path: Path, capsys: Captured) -> None:
+    source = FIXTURES / "vllm.jsonl"
+    assert run("import", source, "--out", tmp_path / "t", "--num-experts", 4, "--domain", "chat") == 0
+    printed = capsys.readouterr().out
+    assert "5 tokens of 2 sequences of Toy-MoE, 2 layers" in printed
+    assert "2 tokens were left out: the dump has no routing of them" in printed
+    assert "1 completions were left out" in printed
+    assert "Layers without routing (dense) do not count: 0." in printed
+    trace = load(tmp_path / "t")
+    assert (trace.spec.num_experts, trace.domains) == (4, ("chat", "chat"))
+
+
+def test_a_folder_of_responses_is_imported_as_one_trace(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        shutil.copy(FIXTURES / "vllm.jsonl", tmp_path / "in" / f"{name}.jsonl")
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t", "--num-experts", 4) == 0
+    header = Shard(tmp_path / "t" / "part-000000.parquet").header
+    told = subprocess.run(
+        "sha256sum *.jsonl | sha256sum", shell=True, cwd=tmp_path / "in", capture_output=True, check=True
+    )
+    assert header.provenance["sha256"] == told.stdout.decode().split()[0]
+    assert load(tmp_path / "t").num_sequences == 4
+
+
+def test_json_beside_arrays_is_not_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    write_npz(tmp_path / "in" / "x.npz")
+    (tmp_path / "in" / "info.json").write_text("{}")
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t") == 0
+    assert same(load(tmp_path / "t"), made_up_trace())
+
+
+def test_a_named_format_is_found_among_files_of_other_kinds(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    shutil.copy(FIXTURES / "router_trace.jsonl", tmp_path / "in" / "router_trace_rank0.jsonl")
+    (tmp_path / "in" / "router_state_rank0.pt").write_bytes(b"weights")
+    told = ["--model", "toy", "--num-experts", 4]
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t", *told) == 2
+    assert "has .jsonl and .pt trace files, expected one kind" in capsys.readouterr().err
+    assert run("import", tmp_path / "in", "--out", tmp_path / "t", *told, "--format", "router-trace") == 0
+    assert load(tmp_path / "t").num_tokens == 3
+
+
+def test_files_with_experts_in_other_layers_do_not_go_together(tmp_path: Path, capsys: Captured) -> None:
+    (tmp_path / "in").mkdir()
+    text = (FIXTURES / "router_trace.jsonl").read_text()
+    (tmp_path / "in" / "a.jsonl").write_text(text)
+    (tmp_path / "in" / "b.jsonl").write_text(text.replace('"layer": 3', '"layer": 5'))
+    options = ["--out", tmp_path / "t", "--model", "toy", "--num-experts", 4]
+    assert run("import", tmp_path / "in", *options) == 2
+    assert "b.jsonl has routing in layers [1, 5]" in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_the_number_of_experts_is_asked_for_where_the_source_does_not_say(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    assert run("import", FIXTURES / "vllm.jsonl", "--out", tmp_path / "t") == 2
+    assert "Tell it: --num-experts N." in capsys.readouterr().err
+    assert not (tmp_path / "t").exists()
+
+
+def test_what_a_format_says_itself_is_not_to_be_told(tmp_path: Path, capsys: Captured) -> None:
+    assert run("import", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "t", "--num-experts", 8) == 2
+    assert "is read as npz, which has no use for --num-experts. Leave it out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("text", ['{"what": 1}', "[]"], ids=["another", "nothing"])
+def test_json_of_no_known_format_is_refused_with_a_list_of_them(
+    tmp_path: Path, capsys: Captured, text: str
+) -> None:
+    (tmp_path / "x.json").write_text(text)
+    assert run("import", tmp_path / "x.json", "--out", tmp_path / "t") == 2
+    error = capsys.readouterr().err
+    assert "Name its format: --format with one of npz (" in error
+    assert all(f"{name} (" in error for name in FORMATS)
+
+
+def test_a_named_format_reads_files_of_its_kind_only(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("import", source, "--out", tmp_path / "t", "--format", "vllm") == 2
+    assert "has extension '.npz', expected .json, .jsonl" in capsys.readouterr().err
+
+
 def test_a_file_whose_model_has_no_usable_name_is_imported_under_another(
     tmp_path: Path, capsys: Captured
 ) -> None:
@@ -64,10 +175,17 @@ def test_a_file_whose_model_has_no_usable_name_is_imported_under_another(
     assert run("import", source, "--out", tmp_path / "t", "--model", "toy") == 0
 
 
+def test_an_npz_without_a_name_is_told_how_to_get_one(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz", model=None)
+    assert run("info", source) == 2
+    assert "specmoe traces import SOURCE --out FOLDER --model NAME" in capsys.readouterr().err
+    assert run("import", source, "--out", tmp_path / "t", "--model", "toy") == 0
+
+
 def test_a_long_file_is_written_in_pieces_and_stays_the_same(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 5)
+    monkeypatch.setattr("specmoe.trace_import.TOKENS_AT_ONCE", 5)
     trace = made_up_trace(lengths=(3, 12, 1, 1, 4))
     run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")
     assert same(load(tmp_path / "t"), trace)
@@ -76,7 +194,7 @@ def test_a_long_file_is_written_in_pieces_and_stays_the_same(
 def test_an_import_shows_a_bar_that_ends_at_the_end(
     tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("specmoe.commands.traces.TOKENS_AT_ONCE", 1)
+    monkeypatch.setattr("specmoe.trace_import.TOKENS_AT_ONCE", 1)
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
     trace = made_up_trace(lengths=(1,) * 49)
     run("import", write_npz(tmp_path / "x.npz", trace), "--out", tmp_path / "t")

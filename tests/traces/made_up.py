@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 
 from traces.parquet import TraceWriter
 from traces.spec import RoutingSpec
-from traces.trace import RoutingTrace, starts_of
+from traces.trace import UNKNOWN_DOMAIN, RoutingTrace, starts_of
 
 TOY = RoutingSpec("toy", num_layers=3, num_experts=8, top_k=2)
+FIXTURES = Path(__file__).parent / "fixtures"
 
 
 def made_up_trace(
@@ -52,6 +54,24 @@ def traces(draw: st.DrawFn) -> RoutingTrace:
         token_ids=draw(st.booleans()),
         seed=draw(st.integers(0, 1000)),
     )
+
+
+def bare(trace: RoutingTrace, *, gates: bool = False, token_ids: bool = False) -> RoutingTrace:
+    """The trace without domains, and without gates or token ids unless asked for."""
+    return replace(
+        trace,
+        domains=(UNKNOWN_DOMAIN,) * trace.num_sequences,
+        gates=trace.gates if gates else None,
+        token_ids=trace.token_ids if token_ids else None,
+    )
+
+
+def with_dense(experts: np.ndarray, dense: Sequence[int]) -> np.ndarray:
+    """[n, L, K] with layers of zeros put in, so that they stand at these places."""
+    layers = list(np.moveaxis(experts, 1, 0))
+    for place in sorted(dense):
+        layers.insert(place, np.zeros_like(layers[0]))
+    return np.stack(layers, axis=1)
 
 
 def same(one: RoutingTrace, other: RoutingTrace) -> bool:

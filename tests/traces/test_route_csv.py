@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 
 from tests.traces.made_up import COLUMN_NAMES, preamble, route_csv_rows, write_route_csv
 from traces.errors import TraceError, TraceFormatError
-from traces.importers import route_csv
-from traces.importers.route_csv import model_name
+from traces.importers import csv_columns, route_csv
+from traces.importers.model import model_name
+from traces.importers.route_rows import NO_LAST_LAYER
 
 Rows = list[list[str]]
 FIRST_LINE = len(preamble()) + 1
@@ -48,13 +49,13 @@ def test_turns_are_sequences_and_the_spec_counts_layers_with_experts(tmp_path: P
 
 
 def test_prompt_tokens_without_the_last_layer_are_counted(tmp_path: Path) -> None:
-    assert route_csv.read(write_route_csv(tmp_path / "x.csv")).left_out == 4
+    assert route_csv.read(write_route_csv(tmp_path / "x.csv")).notes == {NO_LAST_LAYER: 4}
 
 
 def test_a_prompt_with_all_layers_is_kept_whole(tmp_path: Path) -> None:
     rows = [["0", "0", *row[2:]] for row in route_csv_rows(turns=1, prompt=1, generated=5)]
     imported = route_csv.read(write_route_csv(tmp_path / "x.csv", rows))
-    assert (imported.trace.num_tokens, imported.left_out) == (6, 0)
+    assert (imported.trace.num_tokens, imported.notes[NO_LAST_LAYER]) == (6, 0)
 
 
 def test_a_token_that_was_left_out_ends_a_sequence(tmp_path: Path) -> None:
@@ -101,6 +102,7 @@ def test_weights_unknown_throughout_are_no_gates(tmp_path: Path) -> None:
         (r"C:\models\toy.gguf", "toy"),
         ("big-00001-of-00003.gguf", "big"),
         ("toy", "toy"),
+        ("openai/gpt-oss-20b", "gpt-oss-20b"),
     ],
 )
 def test_a_model_is_named_after_its_file(path: str, name: str) -> None:
@@ -257,6 +259,6 @@ def test_a_file_of_another_kind_is_refused(tmp_path: Path, content: bytes) -> No
 
 
 def test_a_file_beyond_the_limit_is_refused_unread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(route_csv, "MAX_BYTES", 100)
+    monkeypatch.setattr(csv_columns, "MAX_BYTES", 100)
     with pytest.raises(TraceFormatError, match="100 at most are read"):
         route_csv.read(write_route_csv(tmp_path / "x.csv"))

@@ -9,7 +9,7 @@ import pytest
 
 from tests.traces.made_up import TOY, made_up_trace, write_route_csv
 from traces.files import load
-from traces.importers import npz, route_csv
+from traces.importers import csv_columns, npz, route_csv
 from traces.parquet import MAX_SHARD_TOKENS
 from traces.shard import MAX_ROWS_PER_GROUP, schema
 
@@ -48,7 +48,7 @@ def test_the_csv_example_is_read(tmp_path: Path) -> None:
         f"at most {MAX_SHARD_TOKENS:,} tokens",
         f"at most {MAX_ROWS_PER_GROUP} rows",
         f"array of more than {npz.MAX_ARRAY_BYTES >> 30} GiB",
-        f"file of more than {route_csv.MAX_BYTES >> 30} GiB",
+        f"file of more than {csv_columns.MAX_BYTES >> 30} GiB",
         *(f"| `{name}` |" for name in (*npz.REQUIRED, *npz.OPTIONAL)),
         *(
             f"| `{name}` |"

@@ -226,10 +226,14 @@ def test_a_folder_that_is_no_run_is_refused(
     ("arguments", "message"),
     [
         (["--publish"], "--publish has no --store"),
+        (["--store", "store"], "--store and --alias are given without --publish"),
+        (["--alias", "production"], "--store and --alias are given without --publish"),
+        (["--publish", "--store", "s3://x/y"], "'s3://x/y' is no location on S3"),
+        (["--publish", "--store", "store", "--alias", "5"], "'5' cannot be an alias"),
         (["--passes", "0"], "passes is 0, expected at least 1"),
         ([], "already holds a run"),
     ],
-    ids=["no store", "bad knob", "run exists"],
+    ids=["no store", "store alone", "alias alone", "bad store", "bad alias", "bad knob", "run exists"],
 )
 def test_train_says_what_is_wrong(
     published: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
@@ -242,16 +246,29 @@ def test_train_says_what_is_wrong(
 def test_resuming_with_other_knobs_is_refused(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     files = ["--traces", str(published / "train.npz"), "--validation", str(published / "validation.npz")]
     assert main(["train", *files, "--run", str(published / "run"), "--resume", *SMALL, "--seed", "7"]) == 2
-    assert "was started with other train config" in capsys.readouterr().err
+    assert "was started with other train config: seed 0, now 7. Resume" in capsys.readouterr().err
 
 
 def test_validation_traces_of_another_shape_are_refused(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    other = save_npz(toy_trace(spec=type(SPEC)("toy", 5, 8, 2)), tmp_path / "other.npz")
+    other = save_npz(toy_trace(spec=type(SPEC)("other", 5, 8, 2)), tmp_path / "other.npz")
     files = ["--traces", str(published / "train.npz"), "--validation", str(other)]
     assert main(["train", *files, "--run", str(tmp_path / "run"), *SMALL]) == 2
-    assert "has num_layers 5" in capsys.readouterr().err
+    message = "The trace of other has num_layers 5, expected 4 as in the training traces."
+    assert message in capsys.readouterr().err
+
+
+def test_training_traces_do_not_validate_under_another_name_either(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again = tmp_path / "again.npz"
+    again.write_bytes((published / "train.npz").read_bytes())
+    files = ["--traces", str(published / "train.npz"), "--validation", str(again)]
+    assert main(["train", *files, "--run", str(tmp_path / "run"), *SMALL]) == 2
+    message = "again.npz is given for validation, and the same recording, as train.npz, for training."
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_record_tells_the_knobs(published: Path) -> None:

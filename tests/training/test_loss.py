@@ -1,10 +1,12 @@
 """The loss: what it comes to for routers that pick one expert, and for mixed targets."""
 
+import math
+
 import pytest
 import torch
 from torch.nn import functional
 
-from training.loss import set_loss, top_one_loss, unseen
+from training.loss import NEAR, set_loss, top_one_loss, unseen, weighted
 
 SEEN = torch.tensor([[0, 2], [0, 1]])
 
@@ -16,6 +18,14 @@ def test_with_one_routed_expert_it_is_the_cross_entropy() -> None:
     rows = weight.bool()
     expected = functional.cross_entropy(logits[rows], expert[:, None].expand(2, 2, 3)[rows], reduction="sum")
     torch.testing.assert_close(came, expected)
+
+
+def test_the_next_layers_count_more_once_layers_were_seen() -> None:
+    near = 2.0
+    fading = [near * math.exp(-ahead / NEAR) for ahead in range(2)]
+    expected = [[[1, 1, 1], [0, 0, 1 + near]], [[1, 1, 1], [0, 1 + fading[0], 1 + fading[1]]]]
+    torch.testing.assert_close(weighted(SEEN, 3, near), torch.tensor(expected))
+    torch.testing.assert_close(weighted(SEEN, 3, 0.0), unseen(SEEN, 3))
 
 
 @pytest.mark.parametrize("loss", [set_loss, top_one_loss])

@@ -12,7 +12,7 @@ from traces.spec import RoutingSpec
 from training.calibration import Calibration
 from training.dataset import Blocks
 from training.errors import ConfigInvalid
-from training.predictors.prefix import PrefixPredictor
+from training.predictors.prefix import PrefixPredictor, ahead
 from training.predictors.prefix_graphs import served as graphs_of
 from training.vocabulary import Vocabulary
 
@@ -50,6 +50,18 @@ def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.
             read = [state[name] for name in functions.reads[ADVANCE]]
             state = dict(zip(state, functions.graphs[ADVANCE](*read, ids, routed, gates), strict=True))
     raise AssertionError("no token")
+
+
+@pytest.mark.parametrize("reach", [1, 3, 5])
+def test_what_a_layer_says_goes_to_the_layers_after_it(reach: int) -> None:
+    spec = RoutingSpec("m", num_layers=5, num_experts=3, top_k=1)
+    near = torch.randn(2, spec.num_layers, reach * spec.num_experts)
+    expected = torch.zeros(2, spec.num_layers, spec.num_layers, spec.num_experts)
+    for layer, distance in np.ndindex(spec.num_layers, reach):
+        if layer + 1 + distance < spec.num_layers:
+            said = near.unflatten(-1, (reach, spec.num_experts))[:, layer, distance]
+            expected[:, layer, layer + 1 + distance] = said
+    torch.testing.assert_close(ahead(near, spec), expected.flatten(2))
 
 
 def test_a_sum_that_fades_beyond_floats_is_refused() -> None:

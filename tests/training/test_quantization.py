@@ -81,6 +81,21 @@ def test_a_row_does_not_depend_on_the_others(content: bytes) -> None:
     np.testing.assert_allclose(answer(small, loud), alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("width", [OUTPUTS, OUTPUTS - 1], ids=["blocks", "whole rows"])
+def test_a_table_that_is_looked_up_is_nearly_the_same_and_half_the_size(width: int) -> None:
+    table = RNG.normal(size=(400, OUTPUTS))[:, :width].astype(np.float16)
+    content = graph(
+        helper.make_node("Cast", ["half"], ["table"], to=TensorProto.FLOAT),
+        helper.make_node("ArgMax", ["x"], ["row"], axis=1, keepdims=0),
+        helper.make_node("Gather", ["table", "row"], ["y"]),
+        half=table,
+    )
+    small = quantized(content)
+    assert len(small) < 0.6 * len(content)
+    np.testing.assert_allclose(answer(small, X), table[X.argmax(1)], atol=np.abs(table).max() / LARGEST / 2)
+    assert len(quantized(content, exact=["table"])) == len(content)
+
+
 def test_what_must_stay_exact_does() -> None:
     content = GRAPHS["product"]
     assert kinds(quantized(content, exact=["w"])) == {"MatMul"}

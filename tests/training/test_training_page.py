@@ -1,4 +1,4 @@
-"""docs/training.md names every knob with unit and defaults, docs/model-architecture.md every predictor."""
+"""docs/training-guide.md names every knob with its defaults, docs/model-architecture.md every predictor."""
 
 import re
 from pathlib import Path
@@ -8,12 +8,13 @@ import pytest
 
 from specmoe.commands.train import Knob, knobs
 from traces.spec import RoutingSpec
+from training.outlook import OutlookConfig
 from training.predictors import kind_of
 from training.presets import PRESETS
 from training.vocabulary import Vocabulary
 
 DOCS = Path(__file__).parents[2] / "docs"
-PAGE = (DOCS / "training.md").read_text(encoding="utf-8")
+PAGE = (DOCS / "training-guide.md").read_text(encoding="utf-8")
 PREDICTORS = (DOCS / "model-architecture.md").read_text(encoding="utf-8")
 
 
@@ -34,7 +35,7 @@ def unit(knob: Knob) -> str:
 
 
 def test_knobs_of_training_are_listed_with_their_defaults() -> None:
-    table = rows("## How it is trained\n")
+    table = rows("### How it is trained\n")
     expected = {knob.flag: knob for knob in knobs(PRESETS["prefix"].train)}
     assert list(table) == list(expected)
     for flag, (came, shown, _) in table.items():
@@ -44,7 +45,7 @@ def test_knobs_of_training_are_listed_with_their_defaults() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_where_a_predictor_is_trained_otherwise_it_is_said(name: str) -> None:
-    table, usual = rows("## How it is trained\n"), dict(vars(PRESETS["prefix"].train))
+    table, usual = rows("### How it is trained\n"), dict(vars(PRESETS["prefix"].train))
     for knob in knobs(PRESETS[name].train):
         if knob.default != usual[knob.name]:
             shown = table[knob.flag][1].partition("; ")[2]
@@ -59,6 +60,11 @@ def test_knobs_of_size_are_listed_with_their_defaults(name: str) -> None:
     column = 1 if name in ("prefix", "interlayer") else 1 + list(PRESETS).index(name) - 1
     listed = {flag: (cells[0], cells[column]) for flag, cells in table.items() if cells[column]}
     assert listed == {knob.flag: (unit(knob), default(knob)) for knob in knobs(PRESETS[name].config)}
+
+
+def test_knobs_of_an_outlook_are_listed_with_their_defaults() -> None:
+    listed = {flag: (cells[0], cells[1]) for flag, cells in rows("[--store LOCATION] [KNOBS]\n").items()}
+    assert listed == {knob.flag: (unit(knob), default(knob)) for knob in knobs(OutlookConfig())}
 
 
 @pytest.mark.parametrize("name", ["interlayer", "interlayer-extended", "interlayer-enhanced"])

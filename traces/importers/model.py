@@ -1,11 +1,21 @@
-"""What the importers share: a RoutingSpec whose refusal names the file that asked for it."""
+"""What the importers share: a model's name, and a RoutingSpec whose refusal names the file it is of."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from traces.errors import TraceFormatError
 from traces.spec import MODEL_NAME, RoutingSpec, SpecError
+
+# A name of llama.cpp: a model in several files ends in -00001-of-00003.gguf.
+MODEL_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
+
+
+def model_name(model_path: str) -> str:
+    """A model's name from where it was loaded from: "Qwen/Qwen3-30B-A3B" and "/models/Qwen3-30B-A3B.gguf"
+    are "Qwen3-30B-A3B"."""
+    return MODEL_ENDING.sub("", re.split(r"[/\\]", model_path)[-1])
 
 
 def spec_of(path: Path, model: str, *, num_layers: int, num_experts: int, top_k: int) -> RoutingSpec:

@@ -11,13 +11,14 @@ from __future__ import annotations
 import zipfile
 import zlib
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
 
 from traces.errors import TraceError, TraceFormatError
 from traces.importers.model import spec_of
+from traces.importers.packed import npy_header
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace, check
 
 REQUIRED = ("experts", "starts", "num_experts")
@@ -90,7 +91,7 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Shaped[np.ndarray
     """One array, after its header was checked: kind, and no more bytes than the archive holds for it."""
     entry = archive.getinfo(f"{name}.npy")
     with archive.open(entry) as file:
-        shape, dtype = _header(file)
+        shape, _, dtype = npy_header(file)
     kind = KINDS.get(name, "U")
     if dtype.hasobject or dtype.kind not in kind:
         raise TraceFormatError(
@@ -108,18 +109,6 @@ def _array(path: Path, archive: zipfile.ZipFile, name: str) -> Shaped[np.ndarray
         return np.lib.format.read_array(file, allow_pickle=False)
 
 
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype[Any]]:
-    version = np.lib.format.read_magic(file)
-    read_header = {
-        (1, 0): np.lib.format.read_array_header_1_0,
-        (2, 0): np.lib.format.read_array_header_2_0,
-    }.get(version)
-    if read_header is None:
-        raise ValueError(f"array format {version} is unknown")
-    shape, _, dtype = read_header(file)
-    return shape, dtype
-
-
 def _scalar(path: Path, arrays: Arrays, name: str) -> Any:
     if arrays[name].size != 1:
         raise TraceFormatError(
@@ -131,7 +120,11 @@ def _scalar(path: Path, arrays: Arrays, name: str) -> Any:
 
 def _model_name(path: Path, arrays: Arrays) -> str:
     if "model" not in arrays:
-        raise TraceFormatError(f"{path} does not name its model.", remedy="Name it: --model NAME.")
+        raise TraceFormatError(
+            f"{path} does not name its model.",
+            remedy="Save the array model with it, or import it under a name:"
+            " specmoe traces import SOURCE --out FOLDER --model NAME.",
+        )
     return str(_scalar(path, arrays, "model"))
 
 

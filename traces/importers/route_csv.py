@@ -18,16 +18,16 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import IO
 
 import numpy as np
 import pyarrow as pa
-from jaxtyping import Shaped
-from pyarrow import csv
 
 from traces.errors import TraceError, TraceFormatError
-from traces.importers.model import spec_of
-from traces.importers.route_rows import Imported, Rows, assemble
+from traces.importers import csv_columns
+from traces.importers.csv_columns import Columns
+from traces.importers.model import model_name, spec_of
+from traces.importers.route_rows import Rows, assemble
+from traces.importers.told import Imported
 from traces.spec import MAX_LAYERS
 
 FIRST_LINE = "# route_trace v1"
@@ -45,15 +45,8 @@ COLUMNS = {
     "expert": pa.int16(),
     "weight": pa.float32(),
 }
-# Reading takes 3.5 times a file's bytes in memory (2 million rows: 60 MB and 210 MB), so this takes 14 GiB.
-MAX_BYTES = 4 << 30
-MAX_LINE_BYTES = 1 << 16
-# A name of llama.cpp: a model in several files ends in -00001-of-00003.gguf.
-MODEL_ENDING = re.compile(r"(-\d{5}-of-\d{5})?\.gguf$")
 
 RECORD_AGAIN = "Give a file that BigMoeOnEdge wrote with --route-trace, whole and unchanged."
-
-Columns = dict[str, Shaped[np.ndarray, "R"]]
 
 
 @dataclass(frozen=True)
@@ -75,11 +68,7 @@ def read(path: Path, *, model: str | None = None) -> Imported:
     Raises TraceFormatError where the file is no such CSV, TraceError naming the line where its rows are no
     routing trace.
     """
-    if path.stat().st_size > MAX_BYTES:
-        raise TraceFormatError(
-            f"{path} has {path.stat().st_size} bytes, {MAX_BYTES} at most are read.",
-            remedy="Split it between turns into files of one folder, each with the lines before the rows.",
-        )
+    csv_columns.check_size(path, "Split it between turns, each part with the lines before the rows.")
     preamble = _preamble(path)
     whole_model = spec_of(
         path,
@@ -88,7 +77,7 @@ def read(path: Path, *, model: str | None = None) -> Imported:
         num_experts=preamble.experts,
         top_k=preamble.top_k,
     )
-    columns = _columns(path, preamble)
+    columns = csv_columns.read(path, COLUMNS, names_at=preamble.lines, remedy=RECORD_AGAIN)
     _check_ranges(path, preamble, columns)
     layers = np.unique(columns["layer"])
     if absent := sorted(preamble.moe_layers - set(layers.tolist())):
@@ -97,12 +86,8 @@ def read(path: Path, *, model: str | None = None) -> Imported:
             remedy=f"The file may be cut short. {RECORD_AGAIN}",
         )
     spec = replace(whole_model, num_layers=len(layers))
-    return assemble(Rows(str(path), preamble.lines + 1, **columns), spec)
-
-
-def model_name(model_path: str) -> str:
-    """A model's name from the path it was loaded from: "/models/Qwen3-30B-A3B.gguf" is "Qwen3-30B-A3B"."""
-    return MODEL_ENDING.sub("", re.split(r"[/\\]", model_path)[-1])
+    lines = preamble.lines + 1 + np.arange(len(columns["layer"]))
+    return assemble(Rows(str(path), lines, **columns), spec)
 
 
 def _preamble(path: Path) -> Preamble:
@@ -132,38 +117,14 @@ def _lines(path: Path) -> list[str]:
     lines: list[str] = []
     with path.open("rb") as file:
         while not lines or (lines[-1].startswith("#") and len(lines) < MAX_LAYERS + 16):
-            lines.append(_line(path, file))
+            lines.append(csv_columns.line(path, file, RECORD_AGAIN))
     return lines
-
-
-def _line(path: Path, file: IO[bytes]) -> str:
-    try:
-        return file.readline(MAX_LINE_BYTES).decode().rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        raise TraceFormatError(f"{path} is no text: {error}.", remedy=RECORD_AGAIN) from error
 
 
 def _refused(path: Path, line: int, found: str, expected: str) -> TraceFormatError:
     return TraceFormatError(
         f"{path}, line {line}: found {found[:100]!r}, expected {expected}.", remedy=RECORD_AGAIN
     )
-
-
-def _columns(path: Path, preamble: Preamble) -> Columns:
-    try:
-        table = csv.read_csv(
-            path,
-            # Only a single thread tells the line of what it cannot read.
-            csv.ReadOptions(use_threads=False, skip_rows=preamble.lines - 1),
-            csv.ParseOptions(quote_char=False, ignore_empty_lines=False),
-            csv.ConvertOptions(column_types=COLUMNS, include_columns=list(COLUMNS), null_values=[]),
-        )
-    except (pa.ArrowException, OSError) as error:
-        reason = str(error).splitlines()[0].replace("Row #", "line ")
-        raise TraceFormatError(f"{path} cannot be read: {reason[:300]}.", remedy=RECORD_AGAIN) from error
-    if not table.num_rows:
-        raise TraceFormatError(f"{path} has column names but no rows.", remedy=RECORD_AGAIN)
-    return {name: table[name].to_numpy() for name in COLUMNS}
 
 
 def _check_ranges(path: Path, preamble: Preamble, columns: Columns) -> None:

@@ -1,4 +1,4 @@
-"""Puts the rows of a `route_trace` file together to tokens and sequences; `route_csv` reads them.
+"""Puts rows of routed experts together to tokens and sequences; `route_csv` and `moe_trace` read them.
 
 A row is one routed expert: of turn and step (the token), layer and slot. Rows may come in any order.
 """
@@ -11,18 +11,20 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int, Int8, Int16, Int32, Int64
 
 from traces.errors import TraceError
+from traces.importers.told import Imported
 from traces.spec import RoutingSpec
 from traces.trace import UNKNOWN_DOMAIN, RoutingTrace, check
 
 RECORD_AGAIN = "Record or copy the file again, or take this turn's lines out."
+NO_LAST_LAYER = "prompt tokens were left out: the recorder has no last layer of them"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a file, R of them. first_line: the line of row 0. layer: as the file numbers them."""
+    """The rows of a file, R of them. lines: where each is in it. layer: as the file numbers them."""
 
     origin: str
-    first_line: int
+    lines: Int64[np.ndarray, "R"]
     turn: Int32[np.ndarray, "R"]
     phase: Int8[np.ndarray, "R"]
     step: Int32[np.ndarray, "R"]
@@ -33,18 +35,10 @@ class Rows:
 
     def refused(self, row: int, found: str, expected: str) -> TraceError:
         return TraceError(
-            f"{self.origin}, line {self.first_line + row} (turn {self.turn[row]}, step {self.step[row]}):"
+            f"{self.origin}, line {self.lines[row]} (turn {self.turn[row]}, step {self.step[row]}):"
             f" {found}, expected {expected}.",
             remedy=RECORD_AGAIN,
         )
-
-
-@dataclass(frozen=True)
-class Imported:
-    """A trace, and how many prompt tokens were left out because they have no routing in the last layer."""
-
-    trace: RoutingTrace
-    left_out: int
 
 
 def assemble(rows: Rows, spec: RoutingSpec) -> Imported:
@@ -72,7 +66,7 @@ def assemble(rows: Rows, spec: RoutingSpec) -> Imported:
         domains=(UNKNOWN_DOMAIN,) * (len(starts) - 1),
     )
     check(trace, rows.origin)
-    return Imported(trace, left_out=int((~complete).sum()))
+    return Imported(trace, {NO_LAST_LAYER: int((~complete).sum())})
 
 
 def _check_unique(rows: Rows, order: Int[np.ndarray, "R"], place: Int64[np.ndarray, "R"]) -> None:
@@ -81,7 +75,7 @@ def _check_unique(rows: Rows, order: Int[np.ndarray, "R"], place: Int64[np.ndarr
         row, before = int(order[twice[0] + 1]), int(order[twice[0]])
         raise rows.refused(
             row,
-            f"layer {rows.layer[row]}, slot {rows.slot[row]} again, after line {rows.first_line + before}",
+            f"layer {rows.layer[row]}, slot {rows.slot[row]} again, after line {rows.lines[before]}",
             "each slot of a layer once",
         )
 

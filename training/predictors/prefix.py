@@ -5,17 +5,19 @@ embedding that its gate shifts, are added up twice: all layers alike, and fading
 last one. Earlier routing comes in as Q dense maps [L, E]: averages of past tokens at several time scales, and
 of the earlier places of this very token (`training.repeats`). The maps take two ways. Into the trunk, by an
 embedding they share; and past it, straight to the logits, each layer of each map times a number that the
-trunk says. One map more takes the second way alone: what is usual for a token, which is learnt, from its id
-and from the pair it makes with the token before it.
+trunk says. Two maps more take the second way alone. One is what is usual for a token, which is learnt, from
+its id and from the pair it makes with the token before it. The other is what the layers seen say of the next
+R layers: a number for every pair of an expert seen and an expert of one of those.
 
     t = T[id] + T[pair]
     a_l = sum_k A[l, e_k] + offset(gate_k) A'[l, e_k]            l: a layer seen
     x = sum_l a_l + F sum_l fade^(last - l) a_l + sum_q M_q (M map_q) + C [t, T[ids before]] + d[last]
     y = norm(blocks(x))
-    z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]    map_Q = U t
+    z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]    map_Q = U t, map_Q+1 = sum_l P_l
 
-A trunk of 256 numbers cannot carry which of 768 experts were routed to; the second way need not squeeze them
-through. What is served is the same, taken apart into steps (`training.predictors.prefix_graphs`).
+P_l is as a_l, of R E numbers an expert, at the layers l + 1 .. l + R. A trunk of 256 numbers cannot carry
+which of 768 experts were routed to; the second way need not squeeze them through. What is served is the same,
+taken apart into steps (`training.predictors.prefix_graphs`).
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ SMALL = 0.02
 SMALLEST_FADE = 1e-30
 # What each earlier map counts in the logits before anything is learnt.
 COPY = 0.3
-COPY_USUAL = 1.0
+COPY_LEARNT = 1.0
 
 
 class Residual(nn.Module):
@@ -79,8 +81,12 @@ class PrefixPredictor(Predictor):
         self.reads_ids = bool(len(vocabulary.known))
         outputs, width = spec.num_layers * spec.num_experts, config.width
         earlier_maps = len(config.decays) + (ORDERS if self.reads_ids else 0)
-        self.maps = earlier_maps + self.reads_ids
+        self.maps = earlier_maps + self.reads_ids + 1
         self.routing = nn.Linear(2 * outputs, width, bias=False)  # routed or not, and by how much
+        self.reach = min(config.reach, spec.num_layers)
+        self.pairs = nn.Parameter(
+            torch.empty(spec.num_layers, 2, spec.num_experts, self.reach * spec.num_experts)
+        )
         self.fading = nn.Linear(width, width, bias=False)
         self.earlier = nn.Linear(outputs, config.earlier_width, bias=False)
         self.earlier_trunk = nn.Linear(config.earlier_width * earlier_maps, width, bias=False)
@@ -98,13 +104,14 @@ class PrefixPredictor(Predictor):
         # A sum over all routed experts then has entries near 1, all maps together near 0.5.
         routed = spec.num_layers * spec.top_k
         nn.init.normal_(self.routing.weight, std=0.7 / math.sqrt(routed))
+        nn.init.normal_(self.pairs, std=0.3 / math.sqrt(routed))
         nn.init.normal_(self.earlier.weight, std=0.35 / math.sqrt(routed))
         nn.init.normal_(self.last_seen.weight, std=SMALL)
         nn.init.normal_(self.tokens.weight[1:], std=SMALL)  # row 0, no id, stays 0
         nn.init.normal_(self.usual.weight, std=0.5 / math.sqrt(config.token_width))
         nn.init.zeros_(self.copy.weight)
         nn.init.constant_(self.copy.bias, COPY)
-        nn.init.constant_(self.copy.bias[earlier_maps * spec.num_layers :], COPY_USUAL)
+        nn.init.constant_(self.copy.bias[earlier_maps * spec.num_layers :], COPY_LEARNT)
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
@@ -113,21 +120,27 @@ class PrefixPredictor(Predictor):
 
         rows: of the token table, 0 where unknown (`Vocabulary.rows_of_tokens`).
         """
-        maps, x = self.encode_past(batch, rows)
-        x = x[:, None] + self.prefix_sums(batch, seen) + self.last_seen(seen)
+        spec = self.spec
+        maps, past = self.encode_past(batch, rows)
+        x, pairs = self.encode_layers(batch, seen)
+        x = past[:, None] + x + self.last_seen(seen)
         y = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
-        logits = self.head(y).unflatten(-1, (self.spec.num_layers, self.spec.num_experts))
-        shares = self.copy(y).unflatten(-1, (self.maps, self.spec.num_layers))
-        copied: Tensor = torch.einsum("bpql,bqle->bple", shares, maps)
-        return logits + copied
+        logits = self.head(y).unflatten(-1, (spec.num_layers, spec.num_experts))
+        shares = self.copy(y).unflatten(-1, (self.maps, spec.num_layers))
+        copied: Tensor = torch.einsum("bpql,bqle->bple", shares[:, :, :-1], maps)
+        return logits + copied + shares[:, :, -1, :, None] * pairs
 
-    def prefix_sums(self, batch: Batch, seen: Int64[Tensor, "B P"]) -> Float[Tensor, "B P D"]:
-        """The share of x that comes from the first `seen` layers of this token."""
-        spec, width = self.spec, self.config.width
-        table = self.routing.weight.view(width, spec.num_layers, 2, spec.num_experts)
-        layers = torch.einsum("blce,dlce->bld", self._drop(batch.routing), table)
-        plain, faded = (weights[seen] @ layers for weights in self.layer_weights)
-        return plain + self.fading(faded)
+    def encode_layers(
+        self, batch: Batch, seen: Int64[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P L E"]]:
+        """What the first `seen` layers of this token add to x, and their map."""
+        spec, routing = self.spec, self._drop(batch.routing)
+        table = self.routing.weight.view(-1, spec.num_layers, 2, spec.num_experts)
+        layers = torch.einsum("blce,dlce->bld", routing, table)
+        alike, fading = (weights[seen] for weights in self.layer_weights)
+        x: Tensor = alike @ layers + self.fading(fading @ layers)
+        pairs = alike @ ahead(torch.einsum("blce,lcef->blf", routing, self.pairs), spec)
+        return x, pairs.unflatten(-1, (spec.num_layers, spec.num_experts))
 
     def encode_past(
         self, batch: Batch, rows: Int64[Tensor, "B R"]
@@ -148,6 +161,16 @@ class PrefixPredictor(Predictor):
 
     def _drop(self, x: Tensor) -> Tensor:
         return dropout(x, self.config.input_dropout, self.training)
+
+
+def ahead(near: Float[Tensor, "*B L R*E"], spec: RoutingSpec) -> Float[Tensor, "*B L L*E"]:
+    """What each layer says of the R layers after it, moved to where those are among all L."""
+    layers, experts = spec.num_layers, spec.num_experts
+    width = layers * experts + near.shape[-1]
+    # Rows that are longer by E than they will be: each further one begins E later.
+    longer = functional.pad(near, (experts, layers * experts))
+    moved = longer.flatten(-2)[..., : layers * width].unflatten(-1, (layers, width))
+    return moved[..., : layers * experts]
 
 
 def layer_weights(num_layers: int, decay: float) -> Float[Tensor, "2 L+1 L"]:

@@ -22,10 +22,10 @@ from torch.nn import functional
 from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
-from training.predictors.prefix import PrefixPredictor
+from training.predictors.prefix import PrefixPredictor, ahead
 from training.repeats import ORDERS, place_weights
 from training.served import Served, tensor
-from training.vocabulary import PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
+from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 
 # Expert ids below it fit into a byte.
 BYTE_VALUES = 256
@@ -44,7 +44,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     but for those that came after the same id as the next token does; routed, their experts.
     token: start, what past and id add to x; repeats, their maps; usual, the map of what is usual for the
     token; first_row, of the calibration tables.
-    progress: seen, the number of the last layer + 1; told, what the layers seen add to x (`Step`).
+    progress: seen, the number of the last layer + 1; told, what the layers seen add to x, and their map.
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
     spec, config = predictor.spec, predictor.config
@@ -72,7 +72,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         },
         state=tuple(state),
         token=tuple(token),
-        progress=(tensor("seen", "int32"), tensor("told", "float32", 2 * config.width)),
+        progress=(tensor("seen", "int32"), tensor("told", "float32", 2 * config.width + layers * experts)),
         exact=("fading.weight",),  # which step has in a table
     )
 
@@ -122,8 +122,9 @@ class Begin(nn.Module):
     def token(self, number: Int32[Tensor, "B"], ids: Int32[Tensor, "B 1 T"]) -> Float[Tensor, "B C"]:
         """The embedding of an id, and of the pair it makes with the newest one of the window."""
         last, before = len(self.row_of_id) - 1, ids[:, 0, 0].abs()
-        row = self.row_of_id.index_select(0, number.clamp(max=last))
-        of_before = (self.row_of_id * self.key_step).index_select(0, before.clamp(max=last))
+        row_of_id = self.row_of_id.int()
+        row = row_of_id.index_select(0, number.clamp(max=last))
+        of_before = (row_of_id * self.key_step).index_select(0, before.clamp(max=last))
         key = row + of_before
         pair = self.pair_at.index_select(0, key % PAIR_SLOTS)
         pair = torch.where(self.pair_key.index_select(0, pair) == key, pair, 0)
@@ -151,7 +152,8 @@ class Step(nn.Module):
     """What the layers seen add to x, and from x calibrated probabilities of every layer.
 
     Of x = ... + sum_l a_l + F sum_l fade^(last - l) a_l, `told` holds the first sum, and the second as if the
-    middle layer were the last one. Times fade^(last - middle), it is right for whichever layer is.
+    middle layer were the last one. Times fade^(last - middle), it is right for whichever layer is. After them
+    comes the map of what the layers seen say of those to come.
     """
 
     def __init__(self, predictor: PrefixPredictor, calibration: Calibration) -> None:
@@ -184,19 +186,14 @@ class Step(nn.Module):
 
     def sums(
         self, layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"], gates: Float[Tensor, "B M K"]
-    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D"]]:
+    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
         """Of the layers told: the last one's number + 1, 0 for none, and what they add to `told`."""
-        plain = self.embeddings()
+        plain = self.of_share @ self.routing
         rising = self.predictor.fading(plain) * self.rise[:, None, None, None]
-        rows = self.rows(torch.cat([plain, rising], -1), layers, experts)
+        pairs = ahead(self.predictor.pairs.permute(2, 1, 0, 3), self.predictor.spec)  # E 2 L L*E
+        embeddings = [plain, rising, self.of_share @ pairs.permute(2, 0, 1, 3)]
+        rows = self.rows(torch.cat(embeddings, -1), layers, experts)
         return (layers + 1).amax(1), sum_of_rows(weights_of(gates), rows)
-
-    def embeddings(self) -> Float[Tensor, "L E 2 D"]:
-        """What an expert adds to the first sum of `told`, and what it adds times its gate's share s.
-
-        A gate counts by its offset from an equal share, K s - 1.
-        """
-        return self.of_share @ self.routing
 
     def rows(
         self,
@@ -204,7 +201,10 @@ class Step(nn.Module):
         layers: Int32[Tensor, "B M"],
         experts: Int32[Tensor, "B M K"],
     ) -> Float[Tensor, "B M K 2*C"]:
-        """The embeddings of these experts; 0 for those of layer -1."""
+        """The embeddings of these experts, for being routed and times its gate's share s; 0 for layer -1.
+
+        A gate counts by its offset from an equal share, K s - 1: so does `of_share`.
+        """
         table = functional.pad(embeddings.flatten(2).flatten(0, 1), (0, 0, 1, 0))
         return functional.embedding(functional.embedding(layers + 1, self.layer_row) + experts, table)
 
@@ -214,12 +214,13 @@ class Step(nn.Module):
         averages: Float[Tensor, "B S L E"],
         token: list[Tensor],
         seen: Int32[Tensor, "B"],
-        told: Float[Tensor, "B 2*D"],
+        told: Float[Tensor, "B 2*D+L*E"],
     ) -> Float[Tensor, "B L E"]:
         """Of every layer. token: the token's tensors."""
         start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
-        plain, rising = told.split(predictor.config.width, 1)
+        width = predictor.config.width
+        plain, rising, pairs = told.split([width, width, spec.num_layers * spec.num_experts], 1)
         start = start + predictor.last_seen.weight.index_select(0, seen)
         x = start + plain + rising * self.fade.index_select(0, seen)
         y = predictor.norm(predictor.blocks(x))
@@ -228,6 +229,7 @@ class Step(nn.Module):
         if predictor.reads_ids:
             repeats, usual, first_row = ours
             maps, row = [*maps, repeats.float(), usual], seen + first_row
+        maps += [pairs.view(-1, 1, spec.num_layers, spec.num_experts)]
         copy = predictor.copy
         said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
@@ -242,7 +244,11 @@ class Predict(nn.Module):
     def __init__(self, begin: Begin, step: Step) -> None:
         super().__init__()
         self.begin, self.step = begin, step
-        self.layer_number = nn.Buffer(torch.arange(len(step.rise), dtype=torch.int32))
+        spec = step.predictor.spec
+        self.layer_number = nn.Buffer(torch.arange(spec.num_layers, dtype=torch.int32))
+        first = torch.arange(2 * spec.num_layers).view(-1, 1, 2) * spec.num_experts
+        self.first_expert = nn.Buffer(first)  # of a layer, routed or not, then by how much
+        self.ones = nn.Buffer(torch.ones(1, spec.num_layers))
 
     def forward(self, *inputs: Tensor) -> Float[Tensor, "B L E"]:
         """inputs: the state's tensors, then token_id [B], experts [B, L, K], gates [B, L, K]."""
@@ -252,13 +258,28 @@ class Predict(nn.Module):
 
     def sums(
         self, experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
-    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D"]]:
-        """As `Step.sums`. Of the rows of all layers, reading half as much is worth a few operators more."""
+    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
+        """As `Step.sums`. Of all layers, reading less is worth a few operators more: no rows that rise, and
+        products instead of rows of pairs."""
         step, weights = self.step, weights_of(gates)
         layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
-        rows = step.rows(step.embeddings(), layers, experts)
+        rows = step.rows(step.of_share @ step.routing, layers, experts)
         rising = step.predictor.fading(sum_of_rows(weights * step.rise[:, None, None], rows))
-        return (layers + 1).amax(1), torch.cat([sum_of_rows(weights, rows), rising], 1)
+        told = [sum_of_rows(weights, rows), rising, self.pairs(experts, weights)]
+        return (layers + 1).amax(1), torch.cat(told, 1)
+
+    def pairs(
+        self, experts: Int32[Tensor, "B L K"], weights: Float[Tensor, "B L K 2"]
+    ) -> Float[Tensor, "B L*E"]:
+        """The map of what the layers seen say of those to come."""
+        step, spec = self.step, self.step.predictor.spec
+        known = (weights @ step.of_share) * (experts >= 0)[..., None]  # B L K 2
+        at = self.first_expert + experts.clamp(min=0)[..., None]
+        empty = known.new_zeros((known.shape[0], 2 * spec.num_layers * spec.num_experts))
+        routing = empty.scatter_add(1, at.flatten(1), known.flatten(1))
+        by_layer = routing.view(-1, spec.num_layers, 2 * spec.num_experts).transpose(0, 1)
+        near = (by_layer @ step.predictor.pairs.flatten(1, 2)).transpose(0, 1)  # B L R*E
+        return (self.ones @ ahead(near, spec)).flatten(1)  # a sum, cheaper so
 
 
 class Advance(nn.Module):
@@ -307,7 +328,7 @@ class Advance(nn.Module):
         # The token before the one at a place was, a token ago, at the same place.
         follows = earlier == torch.where(newest > 0, newest, LIKE_NONE)
         recent = before[:, 0, : self.predictor.config.recent_tokens].clamp(max=len(self.row_of_id) - 1)
-        rows = functional.embedding(recent, self.row_of_id)  # B R 1
+        rows = functional.embedding(recent, self.row_of_id.int())  # B R 1
         tokens = functional.embedding(rows, self.tokens)
         window = torch.cat([experts.flatten(1)[:, None].to(routed.dtype), routed[:, :-1]], 1)
         return torch.where(follows, before, -before), window, tokens.flatten(1)
@@ -323,10 +344,14 @@ def _number(token_id: Int64[Tensor, "B"]) -> Int32[Tensor, "B"]:
     return token_id.clamp(-1, LARGEST_ID).int() + 1
 
 
-def _row_of_id(vocabulary: Vocabulary) -> Int32[Tensor, "V"]:
-    """Row of each id, shifted by one so that -1 comes first; ids past the end share the row of the last."""
+def _row_of_id(vocabulary: Vocabulary) -> Int[Tensor, "V"]:
+    """Row of each id, shifted by one so that -1 comes first; ids past the end share the row of the last.
+
+    In 16 bits, where that is enough: there are as many ids as the tokenizer has.
+    """
     largest = int(vocabulary.known[-1]) + 1 if len(vocabulary.known) else 0
-    return torch.from_numpy(vocabulary.rows(np.arange(-1, largest + 1)).astype(np.int32))
+    small = np.int16 if vocabulary.id_rows <= MOST_ROWS else np.int32
+    return torch.from_numpy(vocabulary.rows(np.arange(-1, largest + 1)).astype(small))
 
 
 def _pairs(vocabulary: Vocabulary) -> tuple[Int32[Tensor, "S"], Int32[Tensor, "V"]]:
