@@ -32,7 +32,7 @@ def test_a_name_stands_for_its_preset(monkeypatch: pytest.MonkeyPatch, name: str
 
 
 def test_without_a_name_it_is_prefix(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert asked_for(monkeypatch)["train_config"] == TrainConfig()
+    assert asked_for(monkeypatch)["train_config"] == PRESETS["prefix"].train
 
 
 def test_knobs_change_the_preset(monkeypatch: pytest.MonkeyPatch) -> None:
