@@ -17,6 +17,7 @@ from traces.errors import SpecMoEError
 SUBCOMMANDS = {
     "serve": "run the prediction service",
     "traces": "import routing traces and tell how predictable they are",
+    "collect": "record the routing of a mixture-of-experts model of transformers",
     "train": "train a predictor from routing traces",
     "export": "turn a training run into ONNX graphs and a manifest",
     "outlook": "train what tells a cache which experts to keep",
@@ -35,6 +36,7 @@ EXTRA_OF_MODULE = {
     "onnxscript": "training",
     "matplotlib": "training",
     "tensorboard": "training",
+    "transformers": "collect",
     "pyarrow": "traces",
     "tqdm": "traces",
     "boto3": "s3",

@@ -19,16 +19,15 @@ from typing import Self
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Int64, Shaped
+from jaxtyping import Float16, Int64, Shaped
 
 from traces.errors import TraceError, TraceFormatError
-from traces.shard import Header, Rows, Shard, joined, rows_per_group, schema, to_table, to_trace
+from traces.shard import Header, Rows, Shard, joined, rows_per_group, schema, schema_of, to_table, to_trace
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, check, starts_of
 
 SUFFIX = ".parquet"
 MAX_SHARD_TOKENS = 1 << 17
-NOT_THE_LAST = "is the last shard found, but the recording goes on after it: the rest is missing"
 
 
 def read(path: Path) -> RoutingTrace:
@@ -69,8 +68,29 @@ def _cut(rows: Rows, max_tokens: int) -> int:
     return begin or max_tokens
 
 
+def read_hidden(path: Path) -> Iterator[Float16[np.ndarray, "n L H"]]:
+    """The hidden states of a set's tokens in order, in pieces of some 30 MB; nothing where it has none.
+
+    Raises TraceFormatError where a shard is damaged, foreign or missing.
+    """
+    for shard in _opened(path):
+        yield from shard.hidden()
+
+
 def _opened(path: Path) -> list[Shard]:
     """The shards of a set, their footers checked against one another."""
+    shards = opened_so_far(path)
+    if not shards[-1].header.last:
+        raise TraceFormatError(
+            f"{shards[-1].path} is the last shard found, but the recording goes on after it: the rest is"
+            " missing.",
+            remedy="Import it again into an empty folder; finish what `specmoe collect` began by --resume.",
+        )
+    return shards
+
+
+def opened_so_far(path: Path) -> list[Shard]:
+    """The shards of a set that may still grow, their footers checked against one another."""
     files = sorted(path.glob(f"*{SUFFIX}")) if path.is_dir() else [path]
     if not files:
         raise TraceError(f"{path} has no {SUFFIX} files.", remedy="Give a folder of shards.")
@@ -90,7 +110,7 @@ def _check_place(shard: Shard, number: int, first_token: int, first: Shard, *, m
             f" {first.path} ({first.header.spec}, {dict(first.header.provenance)}).",
             remedy="Keep each import in a folder of its own.",
         )
-    if (shard.has_gates, shard.has_token_ids) != (first.has_gates, first.has_token_ids):
+    if not shard.columns.equals(first.columns):
         raise TraceFormatError(
             f"{shard.path} has other columns than {first.path}.", remedy="Import the recording again."
         )
@@ -100,9 +120,9 @@ def _check_place(shard: Shard, number: int, first_token: int, first: Shard, *, m
             f" shard {number} at token {first_token}: one is missing or not the one that was written.",
             remedy=f"Find {shard_name(number)}, or import the recording again.",
         )
-    if header.last == more:
+    if header.last and more:
         raise TraceFormatError(
-            f"{shard.path} {'ends the recording, but more shards follow' if more else NOT_THE_LAST}.",
+            f"{shard.path} ends the recording, but more shards follow.",
             remedy="Import the recording again into an empty folder.",
         )
 
@@ -155,7 +175,8 @@ class TraceWriter:
     with TraceWriter(folder, spec, gates=True, token_ids=False, provenance={"source": "a.npz"}) as writer:
         writer.append(trace)
 
-    gates, token_ids: whether the traces to come have them. provenance: where the routing comes from.
+    gates, token_ids, prefill: whether the traces to come have them. hidden_size: width H of the hidden states
+    that come along with them, 0 for none. provenance: where the routing comes from.
     max_shard_tokens: a shard's tokens at most; a sequence is only cut where it alone is longer.
     Leaving the block finishes the set; leaving it by an error removes what was written. A shard appears
     under its name only when it is complete and on disk.
@@ -169,19 +190,27 @@ class TraceWriter:
         gates: bool,
         token_ids: bool,
         provenance: Mapping[str, str],
+        prefill: bool = False,
+        hidden_size: int = 0,
         max_shard_tokens: int = MAX_SHARD_TOKENS,
     ) -> None:
         if max_shard_tokens < 1:
             raise TraceError(
                 f"max_shard_tokens is {max_shard_tokens}, expected 1 or more.", remedy="Allow larger shards."
             )
-        check_free(folder)
+        self._check_folder(folder)
         self._folder, self._spec, self._provenance = folder, spec, dict(provenance)
-        self._columns = schema(spec, gates=gates, token_ids=token_ids)
+        self._columns = schema(
+            spec, gates=gates, token_ids=token_ids, prefill=prefill, hidden_size=hidden_size
+        )
+        self._group_rows = rows_per_group(spec, hidden_size)
         self._max_shard_tokens = max_shard_tokens
         self._made_folder = not folder.exists()
         self._held: list[pa.Table] = []
         self._shard = self._first_token = self._shard_tokens = self._sequence = 0
+
+    def _check_folder(self, folder: Path) -> None:
+        check_free(folder)
 
     def __enter__(self) -> Self:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -202,13 +231,13 @@ class TraceWriter:
         if kind is not None:
             self._remove()
 
-    def append(self, trace: RoutingTrace) -> None:
-        """Write the trace's sequences after those before.
+    def append(self, trace: RoutingTrace, hidden: Float16[np.ndarray, "N L H"] | None = None) -> None:
+        """Write the trace's sequences after those before, and the hidden states of its tokens with them.
 
         Raises TraceError where it is malformed, of another model, or has not the columns announced.
         """
         check(trace, "The trace to write")
-        columns = schema(trace.spec, gates=trace.gates is not None, token_ids=trace.token_ids is not None)
+        columns = schema_of(trace, 0 if hidden is None else hidden.shape[-1])
         if trace.spec != self._spec or columns != self._columns:
             raise TraceError(
                 f"The trace to write is of {trace.spec} with {', '.join(columns.names)};"
@@ -216,9 +245,11 @@ class TraceWriter:
                 remedy="Import each into a folder of its own.",
             )
         for index in range(trace.num_sequences):
-            self._append_sequence(trace, index)
+            self._append_sequence(trace, index, hidden)
 
-    def _append_sequence(self, trace: RoutingTrace, index: int) -> None:
+    def _append_sequence(
+        self, trace: RoutingTrace, index: int, hidden: Float16[np.ndarray, "N L H"] | None
+    ) -> None:
         rows = trace.sequence(index)
         for start in range(rows.start, rows.stop, self._max_shard_tokens):
             part = slice(start, min(start + self._max_shard_tokens, rows.stop))
@@ -226,14 +257,15 @@ class TraceWriter:
             if self._shard_tokens and self._shard_tokens + length > self._max_shard_tokens:
                 self._finish_shard(last=False)
                 self._begin_shard()
-            self._held.append(to_table(_part(trace, part, trace.domains[index]), self._sequence))
+            rows_of = _part(trace, part, trace.domains[index])
+            self._held.append(to_table(rows_of, self._sequence, None if hidden is None else hidden[part]))
             self._shard_tokens += length
         self._write_groups(everything=False)
         self._sequence += 1
 
     def _write_groups(self, *, everything: bool) -> None:
         """Write what fills row groups, or everything that is held."""
-        group = rows_per_group(self._spec)
+        group = self._group_rows
         held = sum(part.num_rows for part in self._held)
         rows = held if everything else held - held % group
         if rows:
@@ -281,6 +313,7 @@ def _part(trace: RoutingTrace, rows: slice, domain: str) -> RoutingTrace:
         token_ids=None if trace.token_ids is None else trace.token_ids[rows],
         starts=starts_of([rows.stop - rows.start]),
         domains=(domain,),
+        prefill=None if trace.prefill is None else trace.prefill[rows],
     )
 
 

@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from jaxtyping import Float32, Int16, Int32, Int64, Shaped
+from jaxtyping import Bool, Float16, Float32, Int16, Int32, Int64, Shaped
 
 from traces.errors import SpecMoEError, TraceFormatError
 from traces.spec import RoutingSpec
@@ -31,6 +31,7 @@ MAX_ROWS_PER_GROUP = 8192
 # A row group is the least that is held in memory: routed experts (with gates, 6 bytes each) it may have.
 MAX_ENTRIES_PER_GROUP = 1 << 22
 MAX_GROUP_BYTES = 1 << 30
+MAX_HIDDEN_BYTES_PER_GROUP = 1 << 25
 
 # What a damaged Parquet file raises, depending on where the damage is.
 DAMAGE = (pa.ArrowException, OSError, EOFError, ValueError)
@@ -83,6 +84,7 @@ class Rows:
     experts: Int16[np.ndarray, "n L K"]
     gates: Float32[np.ndarray, "n L K"] | None
     token_ids: Int32[np.ndarray, "n"] | None
+    prefill: Bool[np.ndarray, "n"] | None
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -94,40 +96,66 @@ class Rows:
             self.experts[rows],
             None if self.gates is None else self.gates[rows],
             None if self.token_ids is None else self.token_ids[rows],
+            None if self.prefill is None else self.prefill[rows],
         )
 
 
-def schema(spec: RoutingSpec, *, gates: bool, token_ids: bool) -> pa.Schema:
-    """The columns of a shard. experts and gates hold a token's L x K values, layer by layer."""
+def schema(
+    spec: RoutingSpec, *, gates: bool, token_ids: bool, prefill: bool = False, hidden_size: int = 0
+) -> pa.Schema:
+    """The columns of a shard. experts and gates hold a token's L x K values, layer by layer.
+
+    hidden_size: width H of the hidden states, L x H of them a token; 0 without.
+    """
     columns = [pa.field("sequence", pa.int64(), False), pa.field("domain", pa.string(), False)]
     if token_ids:
         columns.append(pa.field("token_id", pa.int32(), False))
-    columns.append(_routed("experts", pa.int16(), spec))
+    if prefill:
+        columns.append(pa.field("prefill", pa.bool_(), False))
+    columns.append(_listed("experts", pa.int16(), spec.num_layers * spec.top_k))
     if gates:
-        columns.append(_routed("gates", pa.float32(), spec))
+        columns.append(_listed("gates", pa.float32(), spec.num_layers * spec.top_k))
+    if hidden_size:
+        columns.append(_listed("hidden", pa.float16(), spec.num_layers * hidden_size))
     return pa.schema(columns)
 
 
-def _routed(name: str, value: pa.DataType, spec: RoutingSpec) -> pa.Field:
-    entries = spec.num_layers * spec.top_k
+def _listed(name: str, value: pa.DataType, entries: int) -> pa.Field:
     return pa.field(name, pa.list_(pa.field("element", value, False), entries), False)
 
 
-def rows_per_group(spec: RoutingSpec) -> int:
-    """Tokens of a row group, so that it stays near 25 MB whatever the model."""
-    return min(MAX_ROWS_PER_GROUP, max(1, MAX_ENTRIES_PER_GROUP // (spec.num_layers * spec.top_k)))
+def schema_of(trace: RoutingTrace, hidden_size: int) -> pa.Schema:
+    """The columns of a shard of this trace."""
+    return schema(
+        trace.spec,
+        gates=trace.gates is not None,
+        token_ids=trace.token_ids is not None,
+        prefill=trace.prefill is not None,
+        hidden_size=hidden_size,
+    )
 
 
-def to_table(trace: RoutingTrace, first_sequence: int) -> pa.Table:
+def rows_per_group(spec: RoutingSpec, hidden_size: int = 0) -> int:
+    """Tokens of a row group, so that it stays near 25 MB whatever the model; with hidden states near 60."""
+    rows = min(MAX_ROWS_PER_GROUP, MAX_ENTRIES_PER_GROUP // (spec.num_layers * spec.top_k))
+    if hidden_size:
+        rows = min(rows, MAX_HIDDEN_BYTES_PER_GROUP // (2 * spec.num_layers * hidden_size))
+    return max(1, rows)
+
+
+def to_table(
+    trace: RoutingTrace, first_sequence: int, hidden: Float16[np.ndarray, "N L H"] | None = None
+) -> pa.Table:
     """The trace as rows of a shard, its sequences numbered from `first_sequence`."""
-    layout = schema(trace.spec, gates=trace.gates is not None, token_ids=trace.token_ids is not None)
+    layout = schema_of(trace, 0 if hidden is None else hidden.shape[-1])
     numbers = np.repeat(np.arange(trace.num_sequences), np.diff(trace.starts))
     columns = {
         "sequence": pa.array(first_sequence + numbers),
         "domain": pa.array(trace.domains, pa.string()).take(pa.array(numbers)),
         "token_id": pa.array(() if trace.token_ids is None else trace.token_ids),
+        "prefill": pa.array(() if trace.prefill is None else trace.prefill),
     }
-    for name, values in (("experts", trace.experts), ("gates", trace.gates)):
+    for name, values in (("experts", trace.experts), ("gates", trace.gates), ("hidden", hidden)):
         if values is not None:
             flat = pa.array(values.reshape(-1))
             columns[name] = pa.FixedSizeListArray.from_arrays(flat, type=layout.field(name).type)
@@ -150,6 +178,8 @@ class Shard:
         self.header = self._header()
         names = set(self._file.schema_arrow.names)
         self.has_gates, self.has_token_ids = "gates" in names, "token_id" in names
+        self.has_prefill = "prefill" in names
+        self.hidden_size = self._hidden_size() if "hidden" in names else 0
         self.num_tokens: int = self._file.metadata.num_rows
         self._check_columns()
 
@@ -157,7 +187,8 @@ class Shard:
         """All rows in order, at most a row group at a time, checked."""
         first_row = 0
         try:
-            for batch in self._file.iter_batches(rows_per_group(self.header.spec)):
+            columns = [name for name in self._file.schema_arrow.names if name != "hidden"]
+            for batch in self._file.iter_batches(rows_per_group(self.header.spec), columns=columns):
                 rows = self._rows(batch)
                 check(to_trace(rows, self.header.spec), str(self.path), first_row=first_row)
                 first_row += len(rows)
@@ -168,6 +199,25 @@ class Shard:
             raise TraceFormatError(
                 f"{self.path} holds {first_row} tokens, expected {self.num_tokens}.", remedy=COPY_AGAIN
             )
+
+    def hidden(self) -> Iterator[Float16[np.ndarray, "n L H"]]:
+        """The hidden states of all rows in order, a row group at a time; nothing where it has none."""
+        shape = (-1, self.header.spec.num_layers, self.hidden_size)
+        rows = rows_per_group(self.header.spec, self.hidden_size)
+        try:
+            for batch in self._file.iter_batches(rows, columns=["hidden"]) if self.hidden_size else ():
+                yield batch["hidden"].flatten().to_numpy().reshape(shape)
+        except DAMAGE as error:
+            raise _unreadable(self.path, error) from error
+
+    def _hidden_size(self) -> int:
+        column = self._file.schema_arrow.field("hidden").type
+        entries = column.list_size if pa.types.is_fixed_size_list(column) else 0
+        return max(1, entries // self.header.spec.num_layers)
+
+    @property
+    def columns(self) -> pa.Schema:
+        return self._file.schema_arrow.remove_metadata()
 
     def _header(self) -> Header:
         metadata = self._file.metadata.metadata or {}
@@ -186,8 +236,14 @@ class Shard:
     def _check_columns(self) -> None:
         if not self.num_tokens:
             raise TraceFormatError(f"{self.path} has no rows.", remedy=COPY_AGAIN)
-        expected = schema(self.header.spec, gates=self.has_gates, token_ids=self.has_token_ids)
-        found = self._file.schema_arrow.remove_metadata()
+        expected = schema(
+            self.header.spec,
+            gates=self.has_gates,
+            token_ids=self.has_token_ids,
+            prefill=self.has_prefill,
+            hidden_size=self.hidden_size,
+        )
+        found = self.columns
         if not found.equals(expected):
             raise TraceFormatError(
                 f"{self.path} has columns {_named(found)}, expected {_named(expected)}.", remedy=COPY_AGAIN
@@ -211,6 +267,7 @@ class Shard:
             experts=batch["experts"].flatten().to_numpy().reshape(shape),
             gates=batch["gates"].flatten().to_numpy().reshape(shape) if self.has_gates else None,
             token_ids=batch["token_id"].to_numpy() if self.has_token_ids else None,
+            prefill=batch["prefill"].to_numpy(zero_copy_only=False) if self.has_prefill else None,
         )
 
 
@@ -224,6 +281,7 @@ def to_trace(rows: Rows, spec: RoutingSpec) -> RoutingTrace:
         token_ids=rows.token_ids,
         starts=np.append(begins, len(rows)).astype(np.int64),
         domains=tuple(rows.domain[begins]),
+        prefill=rows.prefill,
     )
 
 
@@ -231,12 +289,14 @@ def joined(parts: Sequence[Rows]) -> Rows:
     """Rows of shards of one set, one after another."""
     gates = [part.gates for part in parts if part.gates is not None]
     token_ids = [part.token_ids for part in parts if part.token_ids is not None]
+    prefill = [part.prefill for part in parts if part.prefill is not None]
     return Rows(
         np.concatenate([part.sequence for part in parts]),
         np.concatenate([part.domain for part in parts]),
         np.concatenate([part.experts for part in parts]),
         np.concatenate(gates) if gates else None,
         np.concatenate(token_ids) if token_ids else None,
+        np.concatenate(prefill) if prefill else None,
     )
 
 

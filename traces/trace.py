@@ -35,6 +35,8 @@ class RoutingTrace:
     token_ids: the token at that position in the model's own tokenizer, -1 where unknown; None where all are.
     starts: sequence i is tokens starts[i]:starts[i + 1], in order.
     domains: where each sequence's prompt came from, "unknown" where nobody said.
+    prefill: True where the token was read together with others (a prompt, a given text), False where it
+        was decoded on its own; None where nobody said.
     """
 
     spec: RoutingSpec
@@ -43,6 +45,7 @@ class RoutingTrace:
     token_ids: Int32[np.ndarray, "N"] | None
     starts: Int64[np.ndarray, "S+1"]
     domains: tuple[str, ...]
+    prefill: Bool[np.ndarray, "N"] | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -78,6 +81,7 @@ class RoutingTrace:
             token_ids=None if self.token_ids is None else self.token_ids[tokens],
             starts=starts_of([part.stop - part.start for part in slices]),
             domains=tuple(self.domains[index] for index in sequence_indices),
+            prefill=None if self.prefill is None else self.prefill[tokens],
         )
 
 
@@ -89,8 +93,9 @@ def starts_of(lengths: Sequence[int] | Int64[np.ndarray, "S"]) -> Int64[np.ndarr
 def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """One trace with the sequences of all, in order.
 
-    Token ids are -1 for the traces that have none. Raises TraceError where there is no trace, the specs
-    differ, or some have gates and others none: an invented gate would pass for a measured one.
+    Token ids are -1 for the traces that have none; prefill is told where all of them tell it. Raises
+    TraceError where there is no trace, the specs differ, or some have gates and others none: an invented
+    gate would pass for a measured one.
     """
     if not traces:
         raise TraceError("There is no trace to put together.", remedy="Give one trace at least.")
@@ -112,6 +117,9 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         token_ids=_joined(_token_ids_of_all(traces)),
         starts=starts_of(np.concatenate([np.diff(trace.starts) for trace in traces])),
         domains=tuple(domain for trace in traces for domain in trace.domains),
+        prefill=None
+        if any(trace.prefill is None for trace in traces)
+        else _joined([trace.prefill for trace in traces]),
     )
 
 
@@ -154,6 +162,7 @@ def _check_arrays(trace: RoutingTrace, origin: str) -> None:
         ("experts", trace.experts, np.int16, routed),
         ("gates", trace.gates, np.float32, routed),
         ("token_ids", trace.token_ids, np.int32, routed[:1]),
+        ("prefill", trace.prefill, np.bool_, routed[:1]),
         ("starts", trace.starts, np.int64, (len(trace.domains) + 1,)),
     ):
         if array is not None and (array.dtype != dtype or array.shape != shape):

@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from model_store.manifest import Draft
 from speculation.publishing import DRAFT, read_export
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
@@ -115,8 +116,7 @@ class Comparison:
         if not (folder / EXPORT / DRAFT).exists():
             self._train(approach, seed, learnt, folder)
             export(folder, progress=True)
-        draft, stored = read_export(folder / EXPORT)
-        speculator = Speculator(stored, provider="cpu", origin=str(folder))
+        draft, speculator = self._exported(folder)
         metrics = score_version(
             speculator, splits.test.trace, every=self.settings.every, progress=True, title=approach.name
         )
@@ -124,9 +124,17 @@ class Comparison:
             "kind": "control" if approach.shuffled else "trained",
             "passes": draft.predictor.config["passes"],
             "trained_seconds": draft.lineage.trained_seconds,
-            "cost": measure_cost(speculator) | {"step_us": measure_step(speculator)},
             **_scores(metrics),
         }
+
+    def cost(self, approach: Approach, seed: int) -> Result:
+        """What a trained approach takes when it is called, measured now."""
+        _, speculator = self._exported(self.folder / RUNS / run_name(approach, seed))
+        return measure_cost(speculator) | {"step_us": measure_step(speculator)}
+
+    def _exported(self, folder: Path) -> tuple[Draft, Speculator]:
+        draft, stored = read_export(folder / EXPORT)
+        return draft, Speculator(stored, provider="cpu", origin=str(folder))
 
     def _train(self, approach: Approach, seed: int, splits: Splits, folder: Path) -> None:
         if not (folder / CHECKPOINT).exists():  # it was cut off before there was anything to go on with
@@ -165,6 +173,10 @@ def compare(
         _announced(comparison, approach, seed, splits, f"further {number} of {len(repeated)}", say)
         for number, (approach, seed) in enumerate(repeated, 1)
     ]
+    say("time of a call")  # one after the other, so that they can be compared
+    for approach, result in zip(approaches, results, strict=True):
+        if not approach.baseline:
+            result["cost"] = comparison.cost(approach, 0)
     return {
         **comparison.description(),
         "tokens": {use: split.trace.num_tokens for use, split in vars(splits).items()},

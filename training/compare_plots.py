@@ -109,6 +109,7 @@ def accuracy_by_time(document: Document, served: Sequence[Document]) -> Figure:
                 times[number], recalls[number], s=55, color=colour, marker=marker, label=result["name"]
             )
         panel.set(title=f"{ahead(distance)} (dashed: frontier)", xscale="log")
+        panel.set_xlim(min(times) / 2, max(times) * 2)  # room for two ticks, however close the times are
         panel.set(xlabel="µs a served call (step where there is one, else predict)")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         panel.xaxis.set_major_formatter(FuncFormatter(lambda us, _: f"{us:,.0f}"))

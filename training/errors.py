@@ -6,6 +6,10 @@
         ├── RunInvalid           a run's folder does not hold what it must
         ├── ComparisonInvalid    a comparison's folder holds another one, or its splits are not apart
         ├── ExportFailed         the exported graphs do not answer as the trained predictor does
+        ├── CollectionError      routing cannot be recorded from a model
+        │   ├── ModelNotLoaded      there is no such model, or it does not load
+        │   ├── RouterUnknown       no router was found, or one that cannot be read
+        │   └── TextInvalid         a text or prompt cannot be read
         ├── SpecMismatch         a trace is of another routing shape than the model, or than the other traces
         └── EvaluationError      nothing can be scored
             ├── BaselineNotFitted   a baseline was asked before it saw training routing
@@ -38,6 +42,22 @@ class ComparisonInvalid(TrainingError):
 
 class ExportFailed(TrainingError):
     """The exported graphs do not answer as the trained predictor does."""
+
+
+class CollectionError(TrainingError):
+    """Routing cannot be recorded from a model."""
+
+
+class ModelNotLoaded(CollectionError):
+    """There is no such model, or it does not load."""
+
+
+class RouterUnknown(CollectionError):
+    """No router was found, or one that cannot be read."""
+
+
+class TextInvalid(CollectionError):
+    """A text or a prompt cannot be read."""
 
 
 class SpecMismatch(TrainingError):

@@ -164,11 +164,9 @@ def load_traces(
 
 
 def _named(trace: RoutingTrace, model: str | None) -> RoutingTrace:
-    spec = trace.spec
-    if model is None or model == spec.model:
+    if model is None or model == trace.spec.model:
         return trace
-    renamed = RoutingSpec(model, spec.num_layers, spec.num_experts, spec.top_k)
-    return RoutingTrace(renamed, trace.experts, trace.gates, trace.token_ids, trace.starts, trace.domains)
+    return replace(trace, spec=replace(trace.spec, model=model))
 
 
 def environment() -> dict[str, Any]:

@@ -5,11 +5,12 @@ trained predictor + validation split -> survey -> calibration tables, coverage t
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int16
+from jaxtyping import Bool, Float16, Int16, Int64
 from torch import Tensor
 from tqdm import tqdm
 
@@ -74,34 +75,39 @@ def survey(
 def coverage(found: Survey) -> Coverage:
     """How many experts cover all routed ones with each level's probability, by layer and distance.
 
-    Split conformal prediction (Vovk et al. 2005) over the layers at a distance: see `_sizes`.
+    Split conformal prediction (Vovk et al. 2005) over the layers at a distance, and over those of a token's
+    start: see `_sizes`.
     """
     num_layers = found.needed.shape[1]
-    tables = []
-    for level in LEVELS:
-        # Distance d of layer l is with l + 1 - d layers seen.
-        by_distance = [
-            _sizes([found.needed[:, layer + 1 - d, layer] for layer in range(d - 1, num_layers)], level)
-            for d in range(1, num_layers + 1)
-        ]
-        tables.append(
-            tuple(
-                tuple(by_distance[d - 1][layer - d + 1] for d in range(1, layer + 2))
-                for layer in range(num_layers)
-            )
-        )
-    return Coverage(levels=LEVELS, experts=tuple(tables))
+    sizes = [np.zeros((num_layers, num_layers), int) for _ in LEVELS]  # layers seen, target layer
+    for cells in _alike(num_layers):
+        for table, level in zip(sizes, LEVELS, strict=True):
+            table[cells] = _sizes(found.needed[:, *cells], level)
+    # Distance d of layer l is with l + 1 - d layers seen.
+    tables = tuple(
+        tuple(tuple(int(n) for n in table[layer::-1, layer]) for layer in range(num_layers))
+        for table in sizes
+    )
+    return Coverage(levels=LEVELS, experts=tables)
 
 
-def _sizes(needed: list[Int16[np.ndarray, "N"]], level: float) -> list[int]:
-    """A size for each layer, so that the layers together are covered with the level's probability.
+def _alike(num_layers: int) -> Iterator[tuple[Int64[np.ndarray, "C"], Int64[np.ndarray, "C"]]]:
+    """(layers seen, target layer) of those that are covered together: a token's start, each distance."""
+    yield np.zeros(num_layers, int), np.arange(num_layers)
+    for distance in range(1, num_layers):
+        seen = np.arange(1, num_layers + 1 - distance)
+        yield seen, seen + distance - 1
+
+
+def _sizes(needed: Int16[np.ndarray, "N C"], level: float) -> list[int]:
+    """A size for each of C layers, so that the layers together are covered with the level's probability.
 
     Of N tokens, ceil((N + 1) level) must be covered, so that the level holds for a further token of the same
     kind. Whole numbers of experts overshoot, at 90 % by two points in one layer: where the layers before
     have covered that many tokens more than they must, a layer gets one expert fewer.
     """
     chosen, ahead = [], 0
-    for layer in needed:
+    for layer in needed.T:
         ordered = np.sort(layer)
         must = min(int(np.ceil((len(layer) + 1) * level)), len(layer))
         size = int(ordered[must - 1])

@@ -153,6 +153,7 @@ def _describe(trace: RoutingTrace) -> dict[str, Any]:
         **columns(trace),
         "tokens": trace.num_tokens,
         "sequences": trace.num_sequences,
+        "decoded_tokens": None if trace.prefill is None else int((~trace.prefill).sum()),
         "sequence_tokens": {
             "shortest": int(lengths.min()),
             "median": float(np.median(lengths)),
@@ -211,6 +212,7 @@ def _text(path: Path, info: dict[str, Any]) -> str:
             f" top-{info['top_k']}, with {' and '.join(given) or 'neither token ids nor gates'}",
             f"{counted(info)} of {length['shortest']:,} to"
             f" {length['longest']:,} tokens (median {length['median']:,.0f})",
+            *_decoded_lines(info),
             f"sha256 {info['sha256']}",
             "",
             *_domain_lines(info["domains"]),
@@ -220,6 +222,11 @@ def _text(path: Path, info: dict[str, Any]) -> str:
             *_baseline_lines(info),
         ]
     )
+
+
+def _decoded_lines(info: dict[str, Any]) -> list[str]:
+    decoded = info["decoded_tokens"]
+    return [] if decoded is None else [f"{decoded:,} of the tokens were decoded, the others read together"]
 
 
 def _domain_lines(domains: dict[str, dict[str, int]]) -> list[str]:

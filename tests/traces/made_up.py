@@ -25,6 +25,7 @@ def made_up_trace(
     *,
     gates: bool = True,
     token_ids: bool = True,
+    prefill: bool = False,
     seed: int = 0,
 ) -> RoutingTrace:
     rng = np.random.default_rng(seed)
@@ -38,6 +39,7 @@ def made_up_trace(
         token_ids=rng.integers(0, 1000, tokens, np.int32) if token_ids else None,
         starts=starts_of(lengths),
         domains=tuple(f"domain {index % 2}" for index in range(len(lengths))),
+        prefill=rng.random(tokens) < 0.5 if prefill else None,
     )
 
 
@@ -74,7 +76,7 @@ def with_dense(experts: np.ndarray, dense: Sequence[int]) -> np.ndarray:
 
 def same(one: RoutingTrace, other: RoutingTrace) -> bool:
     """Equal in everything, bit by bit."""
-    arrays = ("experts", "gates", "token_ids", "starts")
+    arrays = ("experts", "gates", "token_ids", "starts", "prefill")
     return (one.spec, one.domains) == (other.spec, other.domains) and all(
         (a is None and b is None)
         or (a is not None and b is not None and a.dtype == b.dtype and np.array_equal(a, b))
@@ -112,6 +114,7 @@ def write_shards(
         trace.spec,
         gates=trace.gates is not None,
         token_ids=trace.token_ids is not None,
+        prefill=trace.prefill is not None,
         provenance={"source": source},
         max_shard_tokens=max_shard_tokens,
     ) as writer:

@@ -50,7 +50,10 @@ def test_the_csv_example_is_read(tmp_path: Path) -> None:
         f"array of more than {npz.MAX_ARRAY_BYTES >> 30} GiB",
         f"file of more than {csv_columns.MAX_BYTES >> 30} GiB",
         *(f"| `{name}` |" for name in (*npz.REQUIRED, *npz.OPTIONAL)),
-        *(f"| `{name}` |" for name in schema(TOY, gates=True, token_ids=True).names),
+        *(
+            f"| `{name}` |"
+            for name in schema(TOY, gates=True, token_ids=True, prefill=True, hidden_size=4).names
+        ),
         *(f"`{name}`" for name in route_csv.COLUMNS),
     ],
 )

@@ -17,16 +17,17 @@ from training.predictors.prefix_graphs import served as graphs_of
 from training.vocabulary import Vocabulary
 
 
-@pytest.fixture(scope="module")
-def predictor() -> PrefixPredictor:
+@pytest.fixture(scope="module", params=[True, False], ids=["token ids", "no token ids"])
+def predictor(request: pytest.FixtureRequest) -> PrefixPredictor:
     """Untrained, but with every part of it at work."""
     torch.manual_seed(3)
-    network = PrefixPredictor(TRAIN.spec, PREDICTOR, Vocabulary.of(TRAIN.token_ids, TRAIN.starts)).eval()
+    vocabulary = Vocabulary.of(TRAIN.token_ids if request.param else None, TRAIN.starts)
+    network = PrefixPredictor(TRAIN.spec, PREDICTOR, vocabulary).eval()
     with torch.no_grad():
         for parameter in network.parameters():
             parameter.add_(0.3 * torch.randn_like(parameter))
         network.tokens.weight[0] = 0.0
-    assert len(network.vocabulary.pairs)
+    assert network.reads_ids == request.param == bool(len(network.vocabulary.pairs))
     return network
 
 

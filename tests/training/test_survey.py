@@ -41,15 +41,16 @@ def test_layers_at_a_distance_are_covered_together_and_hardly_more(seed: int, le
     needed = np.random.default_rng(seed).integers(2, 2 + most, (TOKENS, LAYERS, LAYERS))
     sizes = coverage(surveyed(needed)).experts[level]
     must = int(np.ceil((TOKENS + 1) * LEVELS[level]))
-    for distance in range(1, LAYERS + 1):
-        layers = range(distance - 1, LAYERS)
-        cells = {layer: needed[:, layer + 1 - distance, layer] for layer in layers}
-        covered = {n: int((cells[n] <= sizes[n][distance - 1]).sum()) for n in layers}
-        one_less = {n: int((cells[n] < sizes[n][distance - 1]).sum()) for n in layers}
-        surplus = sum(covered.values()) - must * len(layers)
+    for distance in range(LAYERS):  # 0: token start
+        seen = [layer + 1 - distance if distance else 0 for layer in range(distance, LAYERS)]
+        cells = [needed[:, s, layer] for s, layer in zip(seen, range(distance, LAYERS), strict=True)]
+        chosen = [sizes[layer][layer - s] for s, layer in zip(seen, range(distance, LAYERS), strict=True)]
+        covered = [int((cell <= size).sum()) for cell, size in zip(cells, chosen, strict=True)]
+        one_less = [int((cell < size).sum()) for cell, size in zip(cells, chosen, strict=True)]
+        surplus = sum(covered) - must * len(cells)
         assert surplus >= 0
         # Otherwise the last layer would have one fewer.
-        assert surplus < max(covered[n] - one_less[n] for n in layers)
+        assert surplus < max(np.subtract(covered, one_less))
 
 
 def test_a_single_layer_has_the_conformal_size() -> None:

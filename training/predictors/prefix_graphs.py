@@ -171,7 +171,8 @@ class Step(nn.Module):
         self.ones = nn.Buffer(torch.ones(1, predictor.maps))
         units = torch.ones(predictor.maps)
         earlier = len(predictor.config.decays)
-        units[earlier : earlier + ORDERS] = 1 / PER_WEIGHT
+        if predictor.reads_ids:
+            units[earlier : earlier + ORDERS] = 1 / PER_WEIGHT
         self.unit = nn.Buffer(units.repeat_interleave(spec.num_layers))
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
