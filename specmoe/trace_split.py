@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from specmoe.trace_import import columns, counted
-from traces.files import check_same_model, digest, load
+from traces.files import PARQUET, check_same_model, digest, load, trace_files
 from traces.split import HELD_OUT, families, split
 from traces.trace import RoutingTrace, concatenate
 
@@ -52,6 +52,8 @@ def split_traces(
     _write(parts, out, provenance)
     for line in _summary(trace, parts, out):
         print(line)
+    if any(map(_has_hidden, sources)):
+        print("Hidden states were left out.")
 
 
 def _write(parts: Mapping[str, RoutingTrace], out: Path, provenance: Mapping[str, str]) -> None:
@@ -62,7 +64,8 @@ def _write(parts: Mapping[str, RoutingTrace], out: Path, provenance: Mapping[str
     try:
         for name, part in parts.items():
             of_part = {**provenance, "part": name}
-            with TraceWriter(out / name, part.spec, **columns(part), provenance=of_part) as writer:
+            form = {**columns(part), "prefill": part.prefill is not None}
+            with TraceWriter(out / name, part.spec, **form, provenance=of_part) as writer:
                 writer.append(part)
     except BaseException:
         for name in parts:  # nothing of others: `out` was empty
@@ -71,6 +74,15 @@ def _write(parts: Mapping[str, RoutingTrace], out: Path, provenance: Mapping[str
             with suppress(OSError):
                 out.rmdir()
         raise
+
+
+def _has_hidden(source: Path) -> bool:
+    file = trace_files(source)[0]
+    if file.suffix != PARQUET:
+        return False
+    from traces.shard import Shard
+
+    return Shard(file).hidden_size > 0
 
 
 def _summary(trace: RoutingTrace, parts: Mapping[str, RoutingTrace], out: Path) -> list[str]:

@@ -17,6 +17,7 @@ from specmoe.cli import main
 from tests.traces.made_up import FIXTURES, made_up_trace, preamble, same, write_npz, write_route_csv
 from traces.files import digest, load
 from traces.importers.formats import FORMATS
+from traces.parquet import TraceWriter
 from traces.shard import Shard
 from traces.spec import RoutingSpec
 from traces.trace import concatenate
@@ -290,6 +291,18 @@ def test_a_source_given_twice_is_told_and_stays_together(tmp_path: Path, capsys:
     assert run("split", source, source, "--out", tmp_path / "p") == 0
     assert "Sequences that repeat another one, and are in the same part: 3." in capsys.readouterr().out
     assert all(load(tmp_path / "p" / part).num_sequences == 2 for part in ("train", "validation", "test"))
+
+
+def test_a_split_of_a_collected_trace_keeps_prefill_and_says_that_hidden_states_are_left_out(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    trace = made_up_trace(lengths=(5, 4, 3), prefill=True)
+    form = {"gates": True, "token_ids": True, "prefill": True}
+    with TraceWriter(tmp_path / "x", trace.spec, **form, hidden_size=2, provenance={}) as writer:
+        writer.append(trace, np.zeros((12, trace.spec.num_layers, 2), np.float16))
+    assert run("split", tmp_path / "x", "--out", tmp_path / "p", "--validation", 0, "--test", 0) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Hidden states were left out."
+    assert same(load(tmp_path / "p" / "train"), trace)
 
 
 def test_a_split_overwrites_nothing(tmp_path: Path, capsys: Captured) -> None:

@@ -27,6 +27,7 @@ def sequences(trace: RoutingTrace) -> Counter[tuple[bytes, ...]]:
             trace.experts[rows].tobytes(),
             b"" if trace.gates is None else trace.gates[rows].tobytes(),
             b"" if trace.token_ids is None else trace.token_ids[rows].tobytes(),
+            b"" if trace.prefill is None else trace.prefill[rows].tobytes(),
         )
         for index, rows in ((index, trace.sequence(index)) for index in range(trace.num_sequences))
     )
