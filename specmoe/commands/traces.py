@@ -1,12 +1,13 @@
-"""Import routing traces of other forms, and tell what is in one and how predictable it is.
+"""Import routing traces of other forms, split them, and tell what is in one and how predictable it is.
 
     specmoe traces import recording.npz --out traces/
     specmoe traces import recording.route.csv --out traces/ --model qwen3-30b-a3b --domain chat
     specmoe traces import responses.jsonl --out traces/ --num-experts 128
+    specmoe traces split traces/ --out parts --validation 0.1 --test 0.1 --hold-out law
     specmoe traces info traces/ --json info.json
 
 Traces are .npz files, route-trace .csv files, folders of either, and folders of Parquet shards, which is what
-import writes: docs/trace-format.md. What else can be imported: docs/importing.md.
+import and split write: docs/trace-format.md. What else can be imported: docs/importing.md.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import numpy as np
 from tqdm import tqdm
 
 from specmoe.trace_import import columns, counted, import_dumps
+from specmoe.trace_split import split_traces
 from traces.errors import TraceError
 from traces.files import digest, load
 from traces.importers.formats import FORMATS
@@ -39,7 +41,7 @@ MAX_DOMAINS_SHOWN = 20
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    actions = parser.add_subparsers(dest="action", required=True, metavar="import|info")
+    actions = parser.add_subparsers(dest="action", required=True, metavar="import|split|info")
     importing = actions.add_parser("import", help="write a recording as a folder of Parquet shards")
     importing.add_argument("source", type=Path, metavar="SOURCE", help="a file, or a folder of one kind")
     importing.add_argument(
@@ -71,9 +73,36 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="B",
         help="the source is training with B sequences a pass (router-trace)",
     )
+    _add_split(actions.add_parser("split", help="share sequences out to train, validation and test"))
     info = actions.add_parser("info", help="tell what a trace holds and how predictable it is")
     info.add_argument("path", type=Path, metavar="PATH", help="a trace file, or a folder of them")
     info.add_argument("--json", type=Path, metavar="OUT", help="write the same as JSON there")
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "sources", type=Path, nargs="+", metavar="SOURCE", help="a trace file, or a folder of them"
+    )
+    parser.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="new or empty; nothing is overwritten"
+    )
+    for part in ("validation", "test"):
+        parser.add_argument(
+            f"--{part}",
+            type=float,
+            default=0.1,
+            metavar="SHARE",
+            help=f"of the tokens, for {part}; 0 for none (default 0.1)",
+        )
+    parser.add_argument(
+        "--hold-out",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="DOMAIN",
+        help="put all sequences of these domains apart, into FOLDER/held-out",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="another one, another split (default 0)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -81,6 +110,15 @@ def run(args: argparse.Namespace) -> int:
         if args.action == "import":
             told = Told(args.model, args.num_experts, args.num_layers, args.top_k, args.micro_batch)
             import_dumps(args.source, args.out, format_name=args.format, told=told, domain=args.domain)
+        elif args.action == "split":
+            split_traces(
+                args.sources,
+                args.out,
+                validation=args.validation,
+                test=args.test,
+                hold_out=args.hold_out,
+                seed=args.seed,
+            )
         else:
             _info(args.path, args.json)
     except OSError as error:

@@ -75,8 +75,6 @@ def followed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, d
     save_npz(toy_trace((17, 9, 20, 12, 15) * 6, spec=SPEC, seed=1), folder / "recording.npz")
     with pytest.MonkeyPatch.context() as patch, contextlib.ExitStack() as until_the_end:
         patch.chdir(folder)
-        (split,) = blocks("python")
-        exec(compile(split, "training-guide.md", "exec"), {})
         reader = Reader(until_the_end)
         for line in shown():
             if line != ENDLESS:
@@ -93,14 +91,14 @@ def test_every_command_succeeds(followed: tuple[Path, dict[str, int]]) -> None:
 def test_splits_are_whole_sequences_that_none_shares(followed: tuple[Path, dict[str, int]]) -> None:
     folder, _ = followed
     recording = load(folder / "recording.npz")
-    parts = [load(folder / split) for split in ("train", "validation", "test")]
+    parts = [load(folder / "parts" / name) for name in ("train", "validation", "test")]
     sequences = [
         part.experts[start:end].tobytes()
         for part in parts
         for start, end in zip(part.starts[:-1], part.starts[1:], strict=True)
     ]
-    assert [part.num_sequences for part in parts] == [24, 3, 3]
-    assert len(set(sequences)) == recording.num_sequences == 30
+    assert [part.num_tokens for part in parts] == [346, 51, 41]
+    assert len(set(sequences)) == recording.num_sequences == len(sequences) == 30
 
 
 def test_versions_and_aliases_are_where_the_guide_leaves_them(followed: tuple[Path, dict[str, int]]) -> None:
@@ -185,6 +183,8 @@ MISTAKES = {
     "Some of the traces have gates and others have none.": "train --traces good.npz no-gates.npz"
     " --validation validation.npz --run runs/a",
     "No baselines: they are fitted and scored on whole sequences, 5 at least": "traces info good.npz",
+    "Different sequences to share out: …, expected … at least": "traces split good.npz --out p --test 0.2"
+    " --hold-out maths",
     "… is given for validation, and the same recording, as …, for training.": "train --traces good.npz"
     " --validation good.npz --run runs/a",
     "The trace of … has num_experts …, expected … as in …": "train --traces good.npz --validation other.npz"

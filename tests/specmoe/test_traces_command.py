@@ -1,4 +1,4 @@
-"""`specmoe traces import|info`, run as a user runs it."""
+"""`specmoe traces import|split|info`, run as a user runs it."""
 
 from __future__ import annotations
 
@@ -17,11 +17,13 @@ from specmoe.cli import main
 from tests.traces.made_up import FIXTURES, made_up_trace, preamble, same, write_npz, write_route_csv
 from traces.files import digest, load
 from traces.importers.formats import FORMATS
+from traces.parquet import TraceWriter
 from traces.shard import Shard
 from traces.spec import RoutingSpec
 from traces.trace import concatenate
 
 Captured = pytest.CaptureFixture[str]
+HALVES = {"a": range(25), "b": range(25, 40)}
 
 
 def run(*arguments: object) -> int:
@@ -254,6 +256,108 @@ def test_a_full_disk_is_told_and_leaves_nothing_behind(
     assert run("import", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "t") == 2
     assert f"{tmp_path / 't'} cannot be read or written: No space left" in capsys.readouterr().err
     assert not (tmp_path / "t").exists()
+
+
+def test_a_split_is_written_part_by_part_and_told(tmp_path: Path, capsys: Captured) -> None:
+    trace = made_up_trace(lengths=(5,) * 40)
+    sources = [write_npz(tmp_path / f"{name}.npz", trace.select(list(part))) for name, part in HALVES.items()]
+    assert run("split", *sources, "--out", tmp_path / "p", "--test", 0.2, "--hold-out", "domain 1") == 0
+    assert capsys.readouterr().out.splitlines() == [
+        f"{tmp_path}/p/train: 70 tokens of 14 sequences (70.0%): domain 0 70",
+        f"{tmp_path}/p/validation: 10 tokens of 2 sequences (10.0%): domain 0 10",
+        f"{tmp_path}/p/test: 20 tokens of 4 sequences (20.0%): domain 0 20",
+        f"{tmp_path}/p/held-out: 100 tokens of 20 sequences: domain 1 100",
+    ]
+    assert same(load(tmp_path / "p" / "held-out"), trace.select(range(1, 40, 2)))
+    header = Shard(tmp_path / "p" / "test" / "part-000000.parquet").header
+    assert header.provenance == {
+        "source": "a.npz, b.npz",
+        "sha256": ", ".join(map(digest, sources)),
+        "split": "validation 0.1, test 0.2, seed 0",
+        "held_out": "domain 1",
+        "part": "test",
+    }
+
+
+def test_a_share_of_0_writes_no_folder(tmp_path: Path) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("split", source, "--out", tmp_path / "p", "--validation", 0, "--test", 0) == 0
+    assert [part.name for part in (tmp_path / "p").iterdir()] == ["train"]
+    assert same(load(tmp_path / "p" / "train"), made_up_trace())
+
+
+def test_a_source_given_twice_is_told_and_stays_together(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("split", source, source, "--out", tmp_path / "p") == 0
+    assert "Sequences that repeat another one, and are in the same part: 3." in capsys.readouterr().out
+    assert all(load(tmp_path / "p" / part).num_sequences == 2 for part in ("train", "validation", "test"))
+
+
+def test_a_split_of_a_collected_trace_keeps_prefill_and_says_that_hidden_states_are_left_out(
+    tmp_path: Path, capsys: Captured
+) -> None:
+    trace = made_up_trace(lengths=(5, 4, 3), prefill=True)
+    form = {"gates": True, "token_ids": True, "prefill": True}
+    with TraceWriter(tmp_path / "x", trace.spec, **form, hidden_size=2, provenance={}) as writer:
+        writer.append(trace, np.zeros((12, trace.spec.num_layers, 2), np.float16))
+    assert run("split", tmp_path / "x", "--out", tmp_path / "p", "--validation", 0, "--test", 0) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "Hidden states were left out."
+    assert same(load(tmp_path / "p" / "train"), trace)
+
+
+def test_a_split_overwrites_nothing(tmp_path: Path, capsys: Captured) -> None:
+    source = write_npz(tmp_path / "x.npz")
+    assert run("split", source, "--out", tmp_path) == 2
+    assert "exists already and is not an empty folder" in capsys.readouterr().err
+    assert [file.name for file in tmp_path.iterdir()] == ["x.npz"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--hold-out", "law"], "no domain 'law' to hold out, only domain 0, domain 1. Name one of them"),
+        (["--hold-out", "domain 0"], "sequences to share out: 1, expected 3 at least"),
+        (["--validation", 0.7, "--test", 0.3], "are 1.0 in all, expected less than 1"),
+    ],
+)
+def test_a_refused_split_writes_nothing(
+    tmp_path: Path, capsys: Captured, options: list[object], message: str
+) -> None:
+    assert run("split", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "p", *options) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_traces_of_two_models_are_not_split_together(tmp_path: Path, capsys: Captured) -> None:
+    one = write_npz(tmp_path / "a.npz")
+    other = write_npz(tmp_path / "b.npz", made_up_trace(RoutingSpec("toy", 4, 8, 2)))
+    assert run("split", one, other, "--out", tmp_path / "p") == 2
+    assert f"{other} is of RoutingSpec(model='toy', num_layers=4" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("made", [True, False], ids=["into an empty folder", "into a new one"])
+def test_a_split_that_meets_a_full_disk_leaves_nothing_behind(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch, made: bool
+) -> None:
+    def full(path: Path) -> None:
+        if "validation" in str(path):  # train has been written by then
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    out = tmp_path / "p"
+    if made:
+        out.mkdir()
+    monkeypatch.setattr("traces.parquet._sync", full)
+    assert run("split", write_npz(tmp_path / "x.npz"), "--out", out) == 2
+    assert f"{out} cannot be read or written: No space left" in capsys.readouterr().err
+    assert (list(out.iterdir()) == []) if made else not out.exists()
+
+
+def test_a_split_shortens_a_long_list_of_domains(
+    tmp_path: Path, capsys: Captured, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("specmoe.trace_split.MAX_DOMAINS_SHOWN", 1)
+    run("split", write_npz(tmp_path / "x.npz"), "--out", tmp_path / "p", "--validation", 0, "--test", 0)
+    assert "domain 0 7 and 1 domains more" in capsys.readouterr().out
 
 
 @pytest.fixture(scope="module")
