@@ -102,7 +102,7 @@ class PrefixConfig:
     hidden: int = 512
     blocks: int = 1
     decays: tuple[float, ...] = (0.0, 0.7, 0.97)
-    window: int = 112
+    window: int = 144
     repeats: int = 3
     repeat_decay: float = 0.6
     earlier_width: int = 64
