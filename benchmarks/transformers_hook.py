@@ -4,8 +4,9 @@
 
 Models of random weights with gpt-oss-20b's layers, experts and top-k decode on one thread, followed by a
 stream to a `specmoe serve` of its own that runs the bundled gpt-oss-20b. A narrow model runs a layer faster
-than any real one does; a wider one takes a millisecond or more for it. What random weights route is not what
-the version was trained on: this measures time, not accuracy.
+than any real one does; a wider one takes a millisecond or more for it. *Asleep*: before its experts each
+layer sleeps, as a program does that waits for a device, and leaves the core to the service. What random
+weights route is not what the version was trained on: this measures time, not accuracy.
 
 *Arrived*: just before the layer's block ran, there was a forecast that was made after this token's start and
 covers this layer. *Behind*: layers that had been routed by then and that it did not know of. *Added*:
@@ -39,6 +40,8 @@ from specmoe.bench.processes import server
 MODEL = "gpt-oss-20b"
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 PROMPT, NEW_TOKENS = 16, 33
+# Hidden size, and how long a layer is asleep, ms.
+MODELS = ((64, 0), (64, 1), (512, 0))
 
 
 @dataclass
@@ -62,7 +65,6 @@ class Arrivals:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Forecasts before their layer, and what the hook costs.")
-    parser.add_argument("--hidden-sizes", type=int, nargs="+", default=[64, 512], metavar="N")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 8], metavar="N")
     parser.add_argument("--turns", type=int, default=10, metavar="N")
     args = parser.parse_args()
@@ -72,15 +74,16 @@ def main() -> None:
         f" {torch.__version__}, transformers {transformers.__version__}; {LAYERS} layers of {EXPERTS}"
         f" experts, top-{TOP_K}, float32; {args.turns} turns of {NEW_TOKENS - 1} decoded"
         f" tokens, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
-        "| hidden size | rows | a layer alone, ms | with the hook, ms | added, µs of processor"
+        "| hidden size | asleep, ms | rows | a layer alone, ms | with the hook, ms | added, µs of processor"
         " | arrived, layers 1 to 23: median of turns (least to most) | layer 0 | behind, mean |\n"
-        "|---:|---:|---:|---:|---:|---:|---:|---:|"
+        "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
     with serving() as reached:
-        for hidden_size in args.hidden_sizes:
-            model = random_model(hidden_size)
+        for hidden_size, asleep_ms in MODELS:
+            model = random_model(hidden_size, asleep_ms)
             for rows in args.batch_sizes:
-                print(measured(model, hidden_size, rows, args.turns, reached), flush=True)
+                cells = measured(model, rows, args.turns, reached)
+                print(f"| {hidden_size} | {asleep_ms} | {rows} | {cells} |", flush=True)
 
 
 @contextmanager
@@ -93,7 +96,7 @@ def serving() -> Iterator[dict[str, Any]]:
             yield {"uds": str(socket)}
 
 
-def random_model(hidden_size: int) -> Any:
+def random_model(hidden_size: int, asleep_ms: float) -> Any:
     """Experts half as wide as the model; it never ends a text."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
@@ -109,11 +112,15 @@ def random_model(hidden_size: int) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    return transformers.AutoModelForCausalLM.from_config(config).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    if asleep_ms:
+        for layer in model.model.layers:
+            layer.mlp.experts.register_forward_pre_hook(lambda *_: time.sleep(asleep_ms / 1000))
+    return model
 
 
-def measured(model: Any, hidden_size: int, rows: int, turns: int, reached: dict[str, Any]) -> str:
-    """A row of the table. Alone and followed take turns; the first ones warm up."""
+def measured(model: Any, rows: int, turns: int, reached: dict[str, Any]) -> str:
+    """Cells of a row of the table. Alone and followed take turns; the first ones warm up."""
     alone, followed, shares, start, behind = [], [], [], [], []
     with Stream(**reached, model=MODEL, union=True, per_sequence=False) as stream:
         for turn in tqdm(range(turns + 1), leave=False, disable=None):
@@ -132,10 +139,10 @@ def measured(model: Any, hidden_size: int, rows: int, turns: int, reached: dict[
                 behind += told.behind
     added = statistics.median((of[1] - plain[1]) * 1000 for of, plain in zip(followed, alone, strict=True))
     return (
-        f"| {hidden_size} | {rows} | {statistics.median(wall for wall, _ in alone):.2f}"
+        f"{statistics.median(wall for wall, _ in alone):.2f}"
         f" | {statistics.median(wall for wall, _ in followed):.2f} | {added:.0f}"
         f" | {statistics.median(shares):.1%} ({min(shares):.1%} to {max(shares):.1%})"
-        f" | {statistics.mean(start):.0%} | {statistics.mean(behind):.1f} |"
+        f" | {statistics.mean(start):.0%} | {statistics.mean(behind):.1f}"
     )
 
 
