@@ -95,6 +95,7 @@ class Conversation:
         self._options = StreamOptions(
             model, version, top_n, coverage, per_sequence, union, ahead, at_start, every, deadline_ms
         )
+        self.history = history
         if history < 0:
             raise wrong(f"history is {history}.", "Give the number of finished tokens to keep, 0 or more.")
         self._failures = Failures()
@@ -108,6 +109,11 @@ class Conversation:
         self._bind()
         self._keeper = Keeper(Endpoint(base_url, uds), self._options.hello(), self._lock, self)
         self._keeper.start()
+
+    @property
+    def options(self) -> StreamOptions:
+        """What it was opened with."""
+        return self._options
 
     @property
     def last_failure(self) -> ClientError | None:

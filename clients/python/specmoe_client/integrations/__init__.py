@@ -1,0 +1,4 @@
+"""Streams that follow other programs' models by themselves, each in a module that needs that program.
+
+from specmoe_client.integrations.transformers import attach
+"""
