@@ -55,6 +55,16 @@ def hang_up(talk: Talk) -> None:
     """At once."""
 
 
+def babbles(words: bytes) -> Callable[[Talk], None]:
+    """Reads the request, says that, and hangs up: with the request unread, that would be a reset."""
+
+    def deed(talk: Talk) -> None:
+        talk.request()
+        talk.connection.sendall(words)
+
+    return deed
+
+
 def answers(code: str, body: bytes = b"", *headers: bytes) -> Callable[[Talk], None]:
     """Plain HTTP instead of an upgrade."""
 
@@ -76,20 +86,20 @@ HANDSHAKES: dict[str, tuple[Callable[[Talk], None], str]] = {
     "a status that only begins like it": (answers("1010 Odd"), "HTTP/1.1 1010 Odd"),
     "control characters": (answers("403 \x1b[31mNo", b"\x00\xff\x07"), "403 ?[31mNo ???"),
     "no HTTP": (
-        lambda talk: talk.connection.sendall(b"220 mail.example ready\r\n"),
+        babbles(b"220 mail.example ready\r\n"),
         'beginning with "220 mail.example',
     ),
-    "nothing": (hang_up, "hung up instead of answering the handshake"),
+    "nothing": (babbles(b""), "hung up instead of answering the handshake"),
     "an endless header": (
-        lambda talk: talk.connection.sendall(b"HTTP/1.1 101 X\r\nA: " + b"b" * 40_000),
+        babbles(b"HTTP/1.1 101 X\r\nA: " + b"b" * 40_000),
         "speaks no HTTP",
     ),
     "cut off in the header": (
-        lambda talk: talk.connection.sendall(b"HTTP/1.1 101 X\r\nUpgrade: we"),
+        babbles(b"HTTP/1.1 101 X\r\nUpgrade: we"),
         "speaks no HTTP",
     ),
     "half a body": (
-        lambda talk: talk.connection.sendall(b"HTTP/1.1 400 No\r\nContent-Length: 999\r\n\r\nbecause"),
+        babbles(b"HTTP/1.1 400 No\r\nContent-Length: 999\r\n\r\nbecause"),
         "400 No because",
     ),
     "a wrong proof": (

@@ -116,7 +116,7 @@ def test_a_location_that_is_none_is_refused(location):
 def test_without_boto3_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "boto3", None)
     monkeypatch.delitem(sys.modules, "model_store.s3")
-    with pytest.raises(StoreUnavailable, match=r"needs boto3.*specmoe\[s3\]"):
+    with pytest.raises(StoreUnavailable, match=r"needs boto3.*'\.\[s3\]'"):
         open_store(f"s3://{BUCKET}")
 
 

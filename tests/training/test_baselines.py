@@ -173,5 +173,5 @@ def test_asking_before_fitting_is_refused(name: str) -> None:
 @pytest.mark.parametrize("name", BASELINES)
 def test_a_trace_of_another_shape_is_refused(name: str) -> None:
     wide = toy_trace(spec=RoutingSpec("wide", 4, 16, 2))
-    with pytest.raises(SpecMismatch, match=r"num_experts 16, .* has 8"):
+    with pytest.raises(SpecMismatch, match=r"num_experts 16, expected 8"):
         BASELINES[name]().fit(TRAIN).scores(wide, 0)
