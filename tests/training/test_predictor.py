@@ -3,17 +3,22 @@
 from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
 import torch
 
-from model_store.manifest import ADVANCE, PREDICT
+from model_store.manifest import ADVANCE, PREDICT, STEP, GraphName
 from tests.training.toy_run import PREDICTOR, TRAIN
 from traces.spec import RoutingSpec
 from training.calibration import Calibration
+from training.config import PrefixConfig
 from training.dataset import Blocks
 from training.errors import ConfigInvalid
+from training.export import TOLD, example_inputs, output_names
+from training.onnx_graph import halve, to_onnx
 from training.predictors.prefix import PrefixPredictor, ahead
 from training.predictors.prefix_graphs import served as graphs_of
+from training.quantization import quantized
 from training.vocabulary import Vocabulary
 
 
@@ -97,3 +102,21 @@ def test_the_past_changes_the_prediction(predictor: PrefixPredictor, token: int)
     before = served(predictor, experts, 2)
     experts[token, 1] = (experts[token, 1] + 1) % TRAIN.spec.num_experts
     assert not torch.allclose(served(predictor, experts, 2)[2:], before[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", [PREDICT, STEP])
+def test_what_predict_and_step_must_have_alike_keeps_its_bits(name: GraphName) -> None:
+    # Of a real size: the exporter works out small tables itself.
+    spec = RoutingSpec("m", num_layers=24, num_experts=32, top_k=4)
+    network = PrefixPredictor(spec, PrefixConfig(), Vocabulary.of(None, TRAIN.starts)).eval()
+    halve(network)
+    functions = graphs_of(network, Calibration(spec.num_layers, spec.top_k))
+    inputs = example_inputs(spec, functions, name)
+    told = TOLD if name == STEP else ()
+    graph = to_onnx(functions.graphs[name], inputs, output_names(functions, name), told=told)
+    kept = {
+        weight.name.removeprefix("step."): weight.data_type
+        for weight in onnx.load_from_string(quantized(graph, functions.exact)).graph.initializer
+    }
+    assert kept["fading.half"] == onnx.TensorProto.FLOAT16
+    assert kept["routing.rows"] == onnx.TensorProto.INT8

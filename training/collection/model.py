@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
 from training.errors import ModelNotLoaded
 
+REMEDY = "Give a hub's name, or a folder with model and tokenizer as save_pretrained writes them."
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -56,6 +57,8 @@ def load(name: str, *, device: str, dtype: str) -> Loaded:
 
     Raises ModelNotLoaded where it does not exist, is damaged, has no tokenizer, or the device is not there.
     """
+    if name.startswith((".", "/", "~")) and not Path(name).is_dir():  # a hub's name begins otherwise
+        raise ModelNotLoaded(f"There is no folder {name}.", remedy=REMEDY)
     try:
         config = AutoConfig.from_pretrained(name)
         kind = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
@@ -64,7 +67,7 @@ def load(name: str, *, device: str, dtype: str) -> Loaded:
     except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
         raise ModelNotLoaded(
             f"{name} cannot be loaded: {_first_line(error)}",
-            remedy="Give a hub's name, or a folder with model and tokenizer as save_pretrained writes them.",
+            remedy=REMEDY,
         ) from error
     try:
         model = model.to(_device(device))

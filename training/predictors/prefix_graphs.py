@@ -73,7 +73,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         state=tuple(state),
         token=tuple(token),
         progress=(tensor("seen", "int32"), tensor("told", "float32", 2 * config.width + layers * experts)),
-        exact=("fading.weight",),  # which step has in a table
+        exact=("fading",),  # step multiplies its table by it when it is loaded, predict what it adds up
     )
 
 
@@ -165,6 +165,7 @@ class Step(nn.Module):
         self.fade = nn.Buffer(decay ** (torch.arange(spec.num_layers + 1)[:, None] - 1 - middle))
         routing = predictor.routing.weight.detach().view(-1, spec.num_layers, 2, spec.num_experts)
         self.routing = nn.Buffer(routing.permute(1, 3, 2, 0).contiguous())  # L E 2 D
+        self.fading = nn.Buffer(predictor.fading.weight.detach().T.contiguous())
         self.of_share = nn.Buffer(torch.tensor([[1.0, -1.0], [0.0, spec.top_k]]))
         first = 1 + torch.arange(-1, spec.num_layers).clamp(min=0) * spec.num_experts
         self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
@@ -190,7 +191,7 @@ class Step(nn.Module):
     ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
         """Of the layers told: the last one's number + 1, 0 for none, and what they add to `told`."""
         plain = self.of_share @ self.routing
-        rising = self.predictor.fading(plain) * self.rise[:, None, None, None]
+        rising = plain @ self.fading * self.rise[:, None, None, None]
         pairs = ahead(self.predictor.pairs.permute(2, 1, 0, 3), self.predictor.spec)  # E 2 L L*E
         embeddings = [plain, rising, self.of_share @ pairs.permute(2, 0, 1, 3)]
         rows = self.rows(torch.cat(embeddings, -1), layers, experts)
@@ -265,7 +266,7 @@ class Predict(nn.Module):
         step, weights = self.step, weights_of(gates)
         layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
         rows = step.rows(step.of_share @ step.routing, layers, experts)
-        rising = step.predictor.fading(sum_of_rows(weights * step.rise[:, None, None], rows))
+        rising = sum_of_rows(weights * step.rise[:, None, None], rows) @ step.fading
         told = [sum_of_rows(weights, rows), rising, self.pairs(experts, weights)]
         return (layers + 1).amax(1), torch.cat(told, 1)
 
