@@ -16,10 +16,10 @@ from traces.importers import npz
 from traces.trace import RoutingTrace, concatenate
 
 
-def _read_parquet(path: Path) -> RoutingTrace:
+def _read_parquet(path: Path, *, hidden: bool = False) -> RoutingTrace:
     from traces import parquet
 
-    return parquet.read(path)
+    return parquet.read_with_hidden(path) if hidden else parquet.read(path)
 
 
 def _read_route_csv(path: Path) -> RoutingTrace:
@@ -37,14 +37,16 @@ READERS: dict[str, Callable[[Path], RoutingTrace]] = {
 }
 
 
-def load(path: Path) -> RoutingTrace:
+def load(path: Path, *, hidden: bool = False) -> RoutingTrace:
     """The trace in a file, or in a folder of files of one kind (put together in name order), checked.
+
+    hidden: with the hidden states, where Parquet shards have some.
 
     Raises TraceError (TraceFormatError where a file cannot be read at all) with file, row and reason.
     """
     files = trace_files(path)
     if files[0].suffix == PARQUET:  # its shards belong together
-        return _read_parquet(path)
+        return _read_parquet(path, hidden=hidden)
     traces = [READERS[file.suffix](file) for file in files]
     for file, trace in zip(files, traces, strict=True):
         check_same_model(trace, file, traces[0], files[0])

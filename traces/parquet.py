@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,6 +23,7 @@ import pyarrow.parquet as pq
 from jaxtyping import Float16, Int64, Shaped
 
 from traces.errors import TraceError, TraceFormatError
+from traces.hidden import HiddenStates, mapped, read_routers
 from traces.shard import Header, Rows, Shard, joined, rows_per_group, schema, schema_of, to_table, to_trace
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, check, starts_of
@@ -75,6 +77,16 @@ def read_hidden(path: Path) -> Iterator[Float16[np.ndarray, "n L H"]]:
     """
     for shard in _opened(path):
         yield from shard.hidden()
+
+
+def read_with_hidden(path: Path) -> RoutingTrace:
+    """As `read`, and the hidden states with it, where the set has some. Raises TraceError besides."""
+    trace, size = read(path), _opened(path)[0].hidden_size
+    if not size:
+        return trace
+    shape = (trace.num_tokens, trace.spec.num_layers, size)
+    routers = read_routers(path if path.is_dir() else path.parent, trace.spec, size)
+    return replace(trace, hidden=HiddenStates(mapped(read_hidden(path), shape, str(path)), routers))
 
 
 def _opened(path: Path) -> list[Shard]:

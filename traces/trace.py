@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float32, Int16, Int32, Int64
 
 from traces.errors import TraceError
+from traces.hidden import HiddenStates, concatenated
 from traces.spec import RoutingSpec
 
 UNKNOWN_DOMAIN = "unknown"
@@ -37,6 +38,7 @@ class RoutingTrace:
     domains: where each sequence's prompt came from, "unknown" where nobody said.
     prefill: True where the token was read together with others (a prompt, a given text), False where it
         was decoded on its own; None where nobody said.
+    hidden: what each router was given, and the routers; None unless it was recorded and asked for.
     """
 
     spec: RoutingSpec
@@ -46,6 +48,7 @@ class RoutingTrace:
     starts: Int64[np.ndarray, "S+1"]
     domains: tuple[str, ...]
     prefill: Bool[np.ndarray, "N"] | None = None
+    hidden: HiddenStates | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -82,6 +85,7 @@ class RoutingTrace:
             starts=starts_of([part.stop - part.start for part in slices]),
             domains=tuple(self.domains[index] for index in sequence_indices),
             prefill=None if self.prefill is None else self.prefill[tokens],
+            hidden=None if self.hidden is None else self.hidden.select(tokens),
         )
 
 
@@ -93,7 +97,7 @@ def starts_of(lengths: Sequence[int] | Int64[np.ndarray, "S"]) -> Int64[np.ndarr
 def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """One trace with the sequences of all, in order.
 
-    Token ids are -1 for the traces that have none; prefill is told where all of them tell it. Raises
+    Token ids are -1 for the traces that have none; prefill and hidden states are told where all tell them. Raises
     TraceError where there is no trace, the specs differ, or some have gates and others none: an invented
     gate would pass for a measured one.
     """
@@ -120,6 +124,9 @@ def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
         prefill=None
         if any(trace.prefill is None for trace in traces)
         else _joined([trace.prefill for trace in traces]),
+        hidden=concatenated(hidden)
+        if len(hidden := [trace.hidden for trace in traces if trace.hidden is not None]) == len(traces)
+        else None,
     )
 
 
@@ -171,6 +178,11 @@ def _check_arrays(trace: RoutingTrace, origin: str) -> None:
                 f" expected {np.dtype(dtype)} {list(shape)}.",
                 remedy="Arrays must agree on tokens, layers and top-k, starts and domains on the sequences.",
             )
+    if trace.hidden is not None and trace.hidden.states.shape[:2] != routed[:2]:
+        raise TraceError(
+            f"{origin}: hidden states are {list(trace.hidden.states.shape)}, expected {list(routed[:2])} first.",
+            remedy="There is one for each layer of each token.",
+        )
     if not len(trace.experts):
         raise TraceError(f"{origin} has no tokens.", remedy="Record one sequence at least.")
 

@@ -171,6 +171,27 @@ def test_hidden_states_route_as_recorded(olmoe: Loaded, texts: tuple[Path, ...],
         assert np.allclose(gates.detach()[agree], trace.gates[agree, layer], atol=1e-2)  # type: ignore[index]
 
 
+@pytest.mark.parametrize("family", ["olmoe", "mixtral", "gpt-oss", "granitemoe"])
+def test_routers_are_kept_beside_hidden_states_and_pick_the_same(
+    family: str, texts: tuple[Path, ...], tmp_path: Path
+) -> None:
+    collect(loaded(family), config(texts, hidden=True), tmp_path / "t")
+    trace = load(tmp_path / "t", hidden=True)
+    assert trace.hidden is not None and trace.hidden.routers is not None
+    weights, bias = trace.hidden.routers[..., :-1], trace.hidden.routers[..., -1]
+    logits = np.einsum("nlh,leh->nle", trace.hidden.states.astype(np.float32), weights) + bias
+    picked = np.argsort(-logits, axis=-1)[..., : trace.spec.top_k]
+    assert (np.sort(picked) == np.sort(trace.experts)).all(-1).mean() > 0.98
+
+
+def test_of_a_router_that_is_no_single_matrix_nothing_is_kept(
+    texts: tuple[Path, ...], tmp_path: Path
+) -> None:
+    collect(loaded("dbrx"), config(texts, hidden=True), tmp_path / "t")
+    trace = load(tmp_path / "t", hidden=True)
+    assert trace.hidden is not None and trace.hidden.routers is None
+
+
 def test_a_model_in_half_precision_is_recorded(texts: tuple[Path, ...], tmp_path: Path) -> None:
     half = loaded("qwen3-moe")
     half.model.to(torch.bfloat16)

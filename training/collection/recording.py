@@ -21,6 +21,7 @@ import torch
 from jaxtyping import Float16
 from tqdm import tqdm
 
+from traces.hidden import write_routers
 from traces.recording import RecordingWriter, sequences_in
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, starts_of
@@ -54,6 +55,7 @@ def collect(
     """Record into `out`; where the model has several stacks, into a folder of it for each.
 
     name: what to call the model in the traces; its own where None. resume: go on with what is in the folder.
+    With hidden states, the routers' weights are written beside the shards (`traces.hidden`).
 
     Ctrl-C and errors leave whole shards, to be gone on with.
 
@@ -75,6 +77,9 @@ def collect(
             for stack in stacks
         }
         _record(loaded, recorder, config, tokens, writers, done)
+    for stack, folder in folders.items():
+        if config.hidden and (routers := stack.weights()) is not None:
+            write_routers(folder, routers)
     return [
         Collected(folders[stack], writer.spec, writer.sequences, writer.tokens)
         for stack, writer in writers.items()

@@ -16,6 +16,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import torch
+from jaxtyping import Float32
 from torch import Tensor, nn
 
 from training.collection.readers import READERS, Reader, Routed, read_triple
@@ -36,6 +39,19 @@ class Router:
     num_experts: int
     top_k: int
     hidden_size: int
+
+    def weights(self) -> Float32[np.ndarray, "E H+1"] | None:
+        """Those by which it makes logits of hidden states, last their bias; None where it is not so simple.
+
+        What is added to choose experts only, as DeepSeek-V3 does to balance their load, is left out.
+        """
+        named = [(name.rpartition(".")[2], p.detach()) for name, p in self.module.named_parameters()]
+        matrices = [p for _, p in named if p.shape == (self.num_experts, self.hidden_size)]
+        if len(matrices) != 1:
+            return None
+        biases = [p for name, p in named if name == "bias" and p.shape == (self.num_experts,)]
+        bias = biases[0] if biases else matrices[0].new_zeros(self.num_experts)
+        return torch.cat([matrices[0], bias[:, None]], 1).float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -64,6 +80,11 @@ class Stack:
     @property
     def hidden_size(self) -> int:
         return self.routers[0].hidden_size
+
+    def weights(self) -> Float32[np.ndarray, "L E H+1"] | None:
+        """Of all routers (`Router.weights`); None where one has none."""
+        each = [weights for router in self.routers if (weights := router.weights()) is not None]
+        return np.stack(each) if len(each) == len(self.routers) else None
 
 
 def find_routers(model: nn.Module, run: Callable[[int], object]) -> tuple[Stack, ...]:
