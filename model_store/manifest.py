@@ -137,6 +137,8 @@ class Draft(Part):
     # Which of the optional inputs change its predictions. It works without them too (-1, uniform).
     uses_token_ids: bool
     uses_gates: bool
+    # Numbers of a hidden state, which predict may be told as one more input; 0: it takes none.
+    hidden_size: Annotated[int, Field(ge=0, le=MAX_STATE_ELEMENTS)] = 0
     # From token to token, zeros at first; fixed during a token, as begin makes them; from step to step, zeros
     # at token start.
     state: tuple[StateTensor, ...]
@@ -165,6 +167,7 @@ class Draft(Part):
             if len(table) != layers or any(n > experts for row in table for n in row):
                 raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
         names = ["token_id", "experts", "gates", *(["layers"] if self.token else [])]
+        names += ["hidden"] if self.hidden_size else []
         names += [tensor.name for tensor in (*self.state, *self.token, *self.progress)]
         if twice := sorted({name for name in names if names.count(name) > 1}):
             raise ValueError(f"two inputs have the name {twice[0]}")
@@ -174,10 +177,11 @@ class Draft(Part):
 
     @model_serializer(mode="wrap")
     def _without_what_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """An older specMoE, which refuses fields it does not know, reads a version that has no outlook."""
+        """An older specMoE, which refuses fields it does not know, reads a version that has none of these."""
         fields: dict[str, Any] = write(self)
-        if self.outlook is None:
-            fields.pop("outlook", None)
+        for name in ("outlook", "hidden_size"):
+            if not getattr(self, name):
+                fields.pop(name, None)
         return fields
 
 

@@ -83,13 +83,14 @@ class Inference:
 
 def signature(speculator: Speculator) -> Signature:
     """What a version's predict takes and gives, as the contract has it."""
-    spec = speculator.spec
+    spec, hidden_size = speculator.spec, speculator.manifest.hidden_size
     slots = (spec.num_layers, spec.top_k)
     return Signature(
         routing=(
             TensorSpec("token_id", np.dtype(np.int64), ()),
             TensorSpec("experts", np.dtype(np.int32), slots),
             TensorSpec("gates", FLOAT32, slots),
+            *((TensorSpec("hidden", FLOAT32, (hidden_size,)),) if hidden_size else ()),
         ),
         state=tuple(TensorSpec(t.name, np.dtype(t.dtype), t.shape) for t in speculator.manifest.state),
         output=TensorSpec("probabilities", FLOAT32, (spec.num_layers, spec.num_experts)),
@@ -198,10 +199,11 @@ def _predict(
     the graph alone, so that only running it can tell.
     """
     token_ids, experts, gates = arrays.get("token_id"), arrays["experts"], arrays.get("gates")
+    hidden = arrays.get("hidden")
     before = running.speculator.initial_state(len(experts)) if state is None else state
     began = time.perf_counter()
     try:
-        probabilities = running.speculator.predict(before, token_ids, experts, gates)
+        probabilities = running.speculator.predict(before, token_ids, experts, gates, hidden)
     except GraphFailed:
         if state is None:
             raise

@@ -50,6 +50,16 @@ def check_experts(experts: Array, spec: RoutingSpec) -> None:
             )
 
 
+def check_hidden(hidden: object, shape: tuple[int, int]) -> None:
+    """Raises InputInvalid where it is no float32 array of this shape, or has a number that is not finite."""
+    check_array("hidden", hidden, FLOAT32, shape)
+    if not np.isfinite(hidden).all():  # type: ignore[call-overload]
+        raise InputInvalid(
+            "hidden has a number that is not finite.",
+            remedy="Leave it out where it is unknown; beyond float16 clip it, as a recording does.",
+        )
+
+
 def check_gates(gates: Array, experts: Array) -> None:
     """Raises InputInvalid where a gate is negative or not finite, or a seen layer's gates are all zero.
 

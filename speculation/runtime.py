@@ -18,7 +18,7 @@ from model_store.manifest import ADVANCE, BEGIN, OUTLOOK, PREDICT, STEP, GraphNa
 from model_store.store import Store, StoredVersion, open_store
 from speculation.errors import InputInvalid, OutlookUnknown
 from speculation.golden import check_golden
-from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates
+from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates, check_hidden
 from speculation.session import (
     Graph,
     Provider,
@@ -95,14 +95,33 @@ class Speculator:
         token_ids: Int64[np.ndarray, "B"] | None,
         experts: Int32[np.ndarray, "B L K"],
         gates: Float32[np.ndarray, "B L K"] | None,
+        hidden: Float32[np.ndarray, "B H"] | None = None,
     ) -> Float32[np.ndarray, "B L E"]:
         """Probability that an expert is among the routed ones of a layer of the current token.
 
-        experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing.
-        Raises InputInvalid.
+        experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing. hidden: for a
+        version that reads it, what the router of the last layer seen was given; at a token's start, what the last
+        layer's was for the token before; zeros or None where unknown. Raises InputInvalid.
         """
         routing = self._checked(state, token_ids, experts, gates)
-        return self._predict(*[state[place] for place in self._predict.reads], *routing)[0]
+        if hidden is not None:
+            self.check_hidden(hidden, len(experts))
+        told = self.untold(len(experts)) if hidden is None else (hidden,)
+        return self._predict(*[state[place] for place in self._predict.reads], *routing, *told)[0]
+
+    def untold(self, batch: int) -> tuple[Float32[np.ndarray, "B H"], ...]:
+        """What predict takes as its last input where no hidden state is known; nothing where it reads none."""
+        size = self.manifest.hidden_size
+        return (np.zeros((batch, size), np.float32),) if size else ()
+
+    def check_hidden(self, hidden: Float32[np.ndarray, "B H"], batch: int) -> None:
+        """Raises InputInvalid where the version reads none, or it is not `batch` finite ones of its size."""
+        if not self.manifest.hidden_size:
+            raise InputInvalid(
+                f"{self.origin} reads no hidden state.",
+                remedy="Leave it out, or publish a version that was trained to read it.",
+            )
+        check_hidden(hidden, (batch, self.manifest.hidden_size))
 
     def outlook(self, state: State) -> Float32[np.ndarray, "B L E"]:
         """Probability that an expert is used within the next n tokens: what a cache should keep.
@@ -185,8 +204,9 @@ def _signatures(manifest: Manifest) -> dict[GraphName, Signature]:
     token_id = Tensor("token_id", "int64", ())
     routing = (token_id, *_routing(spec.num_layers, spec.top_k))
     probabilities = Tensor("probabilities", "float32", (spec.num_layers, spec.num_experts))
+    hidden = (Tensor("hidden", "float32", (manifest.hidden_size,)),) if manifest.hidden_size else ()
     found: dict[GraphName, Signature] = {
-        PREDICT: Signature(state, routing, (probabilities,)),
+        PREDICT: Signature(state, (*routing, *hidden), (probabilities,)),
         ADVANCE: Signature(state, routing, _next(state)),
     }
     if manifest.outlook is not None:

@@ -50,6 +50,7 @@ class Sequence:
         self._token_ids = np.full(1, -1, np.int64)
         self._experts = np.full(slots, -1, np.int32)
         self._gates = np.ones(slots, np.float32)
+        self._hidden = speculator.untold(1)
         self._started = False
         self._seen = 0
 
@@ -68,11 +69,14 @@ class Sequence:
         self._started = True
         self._seen = 0
 
-    def observe(self, experts: ArrayLike, gates: ArrayLike | None = None) -> int:
+    def observe(
+        self, experts: ArrayLike, gates: ArrayLike | None = None, hidden: ArrayLike | None = None
+    ) -> int:
         """Tell what the next layer was routed to. Returns that layer.
 
-        experts: K different ids; gates: their K router weights, any positive scale, None where unknown.
-        Raises InputInvalid.
+        experts: K different ids; gates: their K router weights, any positive scale, None where unknown. hidden: the
+        H numbers that the layer's router was given, for a version that reads them, None where unknown; the last
+        ones told count until the next layer. Raises InputInvalid.
         """
         self._check_started()
         layer = self._seen
@@ -83,6 +87,7 @@ class Sequence:
             )
         # Both are checked before either is kept: a refused layer leaves no half of itself behind.
         routed, weights = self._routed(experts), 1.0 if gates is None else self._weights(gates)
+        self._hidden = self._newest(hidden)
         self._experts[0, layer] = routed
         self._gates[0, layer] = weights
         self._seen += 1
@@ -102,7 +107,8 @@ class Sequence:
         if not wanted:
             return []
         sizes = self._sizes(wanted, top_n, coverage)
-        probabilities = self._speculator.predict(self._state, self._token_ids, self._experts, self._gates)
+        told = (self._token_ids, self._experts, self._gates, *self._hidden)
+        probabilities = self._speculator.predict(self._state, *told)
         experts, ranked = rank(probabilities[0].take(wanted, axis=0), max(sizes))
         listed = np.arange(max(sizes)) < np.array(sizes)[:, None]  # [layers, n]
         recalls = expected_recall(np.where(listed, ranked, 0.0), self._spec.top_k).tolist()
@@ -156,6 +162,13 @@ class Sequence:
                 remedy="Give the router's weights after its softmax, or None where they are unknown.",
             )
         return weights
+
+    def _newest(self, hidden: ArrayLike | None) -> tuple[Float32[np.ndarray, "1 H"], ...]:
+        if hidden is None:
+            return self._speculator.untold(1)
+        newest = np.array(hidden, np.float32)[None]
+        self._speculator.check_hidden(newest, 1)
+        return (newest,)
 
     def _unseen(self, layers: Iterable[int] | None) -> list[int]:
         unseen = range(self._seen, self._spec.num_layers)

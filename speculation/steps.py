@@ -175,7 +175,7 @@ class _FromScratch:
     def __init__(self, speculator: Speculator) -> None:
         spec = speculator.spec
         slots = (spec.num_layers, spec.top_k)
-        self._predict = speculator.graphs[PREDICT]
+        self._predict, self._untold = speculator.graphs[PREDICT], speculator.untold
         self.token: tuple[StateTensor, ...] = (StateTensor(name="token_id", dtype="int64", shape=()),)
         self.progress: tuple[StateTensor, ...] = (
             StateTensor(name="experts", dtype="int32", shape=slots),
@@ -201,4 +201,5 @@ class _FromScratch:
         layer = layers[row, place]
         seen[row, layer] = experts[row, place] + 1
         weights[row, layer] = gates[row, place]
-        return (seen, weights), self._predict(*state, *token, seen - 1, weights)[0]
+        untold = self._untold(len(seen))
+        return (seen, weights), self._predict(*state, *token, seen - 1, weights, *untold)[0]

@@ -52,14 +52,18 @@ def toy_version(
     bias: float = -1.0,
     steps: bool = False,
     outlook: bool = False,
+    hidden_size: int = 0,
     **overrides: Any,
 ) -> tuple[Draft, dict[GraphName, bytes]]:
     """(draft, graphs). bias: added to the logits; steps: with begin, step; outlook: with that graph.
 
-    overrides: fields of the draft.
+    hidden_size: of the hidden states it reads, whose mean it adds to the logits. overrides: fields of the draft.
     """
-    graphs: dict[GraphName, bytes] = {PREDICT: _predict_graph(spec, bias), ADVANCE: _advance_graph(spec)}
-    fields = _fields(spec)
+    graphs: dict[GraphName, bytes] = {
+        PREDICT: _predict_graph(spec, bias, hidden_size),
+        ADVANCE: _advance_graph(spec),
+    }
+    fields = _fields(spec) | {"hidden_size": hidden_size}
     if steps:
         graphs |= {BEGIN: _begin_graph(spec, bias), STEP: _step_graph(spec)}
         per_expert = (spec.num_layers, spec.num_experts)
@@ -224,7 +228,7 @@ def _expected() -> list[onnx.NodeProto]:
     ]
 
 
-def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
+def _predict_graph(spec: RoutingSpec, bias: float, hidden_size: int) -> bytes:
     node = helper.make_node
     nodes = [
         *_used(),
@@ -234,6 +238,15 @@ def _predict_graph(spec: RoutingSpec, bias: float) -> bytes:
         node("Sigmoid", ["logits"], ["probabilities"]),
     ]
     inputs = [*_state(spec), _token_id(), *_routing(spec, spec.num_layers)]
+    if hidden_size:
+        inputs.append(_value("hidden", TensorProto.FLOAT, ["B", hidden_size]))
+        nodes[-2:] = [
+            node("Add", ["heard", "expected"], ["without"]),
+            node("ReduceMean", ["hidden", "middle"], ["mean"], keepdims=1),
+            node("Unsqueeze", ["mean", "last"], ["mean_wide"]),
+            node("Add", ["without", "mean_wide"], ["logits"]),
+            node("Sigmoid", ["logits"], ["probabilities"]),
+        ]
     return _graph("predict", nodes, spec, inputs, [_per_expert("probabilities", spec)], bias)
 
 
