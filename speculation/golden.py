@@ -63,8 +63,8 @@ def golden_uses(speculator: Speculator) -> Float[np.ndarray, "L E"]:
 def check_golden(speculator: Speculator) -> None:
     """Raises GoldenMismatch where the answer is no probability or not the published one.
 
-    A version that can go step by step must come to the same answer layer by layer, without a hidden state; one that
-    has an outlook must tell the published one.
+    A version that can go step by step must come to the same answer layer by layer, without a hidden state;
+    one that has an outlook must tell the published one.
     """
     golden = np.asarray(speculator.manifest.golden, np.float32)
     _check(speculator, "predicts", golden_probabilities(speculator), golden)

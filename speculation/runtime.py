@@ -99,9 +99,10 @@ class Speculator:
     ) -> Float32[np.ndarray, "B L E"]:
         """Probability that an expert is among the routed ones of a layer of the current token.
 
-        experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing. hidden: for a
-        version that reads it, what the router of the last layer seen was given; at a token's start, what the last
-        layer's was for the token before; zeros or None where unknown. Raises InputInvalid.
+        experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing.
+        hidden: for a version that reads it, what the router of the last layer seen was given; at a token's
+        start, what the last layer's was for the token before; zeros or None where unknown. Raises
+        InputInvalid.
         """
         routing = self._checked(state, token_ids, experts, gates)
         if hidden is not None:
@@ -110,7 +111,7 @@ class Speculator:
         return self._predict(*[state[place] for place in self._predict.reads], *routing, *told)[0]
 
     def untold(self, batch: int) -> tuple[Float32[np.ndarray, "B H"], ...]:
-        """What predict takes as its last input where no hidden state is known; nothing where it reads none."""
+        """What predict takes last where no hidden state is known; nothing where it reads none."""
         size = self.manifest.hidden_size
         return (np.zeros((batch, size), np.float32),) if size else ()
 

@@ -50,7 +50,7 @@ class Sequence:
         self._token_ids = np.full(1, -1, np.int64)
         self._experts = np.full(slots, -1, np.int32)
         self._gates = np.ones(slots, np.float32)
-        self._hidden = speculator.untold(1)
+        self._hidden: Float32[np.ndarray, "1 H"] | None = None
         self._started = False
         self._seen = 0
 
@@ -74,9 +74,9 @@ class Sequence:
     ) -> int:
         """Tell what the next layer was routed to. Returns that layer.
 
-        experts: K different ids; gates: their K router weights, any positive scale, None where unknown. hidden: the
-        H numbers that the layer's router was given, for a version that reads them, None where unknown; the last
-        ones told count until the next layer. Raises InputInvalid.
+        experts: K different ids; gates: their K router weights, any positive scale, None where unknown.
+        hidden: the H numbers that the layer's router was given, for a version that reads them, None where
+        unknown; the last ones told count until the next layer. Raises InputInvalid.
         """
         self._check_started()
         layer = self._seen
@@ -107,8 +107,9 @@ class Sequence:
         if not wanted:
             return []
         sizes = self._sizes(wanted, top_n, coverage)
-        told = (self._token_ids, self._experts, self._gates, *self._hidden)
-        probabilities = self._speculator.predict(self._state, *told)
+        probabilities = self._speculator.predict(
+            self._state, self._token_ids, self._experts, self._gates, self._hidden
+        )
         experts, ranked = rank(probabilities[0].take(wanted, axis=0), max(sizes))
         listed = np.arange(max(sizes)) < np.array(sizes)[:, None]  # [layers, n]
         recalls = expected_recall(np.where(listed, ranked, 0.0), self._spec.top_k).tolist()
@@ -163,12 +164,12 @@ class Sequence:
             )
         return weights
 
-    def _newest(self, hidden: ArrayLike | None) -> tuple[Float32[np.ndarray, "1 H"], ...]:
+    def _newest(self, hidden: ArrayLike | None) -> Float32[np.ndarray, "1 H"] | None:
         if hidden is None:
-            return self._speculator.untold(1)
+            return None
         newest = np.array(hidden, np.float32)[None]
         self._speculator.check_hidden(newest, 1)
-        return (newest,)
+        return newest
 
     def _unseen(self, layers: Iterable[int] | None) -> list[int]:
         unseen = range(self._seen, self._spec.num_layers)

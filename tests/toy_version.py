@@ -57,7 +57,8 @@ def toy_version(
 ) -> tuple[Draft, dict[GraphName, bytes]]:
     """(draft, graphs). bias: added to the logits; steps: with begin, step; outlook: with that graph.
 
-    hidden_size: of the hidden states it reads, whose mean it adds to the logits. overrides: fields of the draft.
+    hidden_size: of the hidden states it reads, whose mean it adds to the logits. overrides: fields of the
+    draft.
     """
     graphs: dict[GraphName, bytes] = {
         PREDICT: _predict_graph(spec, bias, hidden_size),

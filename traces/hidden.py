@@ -3,8 +3,8 @@
     FOLDER/part-*.parquet  column `hidden`          FOLDER/routers.npy  weights of all routers
     `specmoe collect --hidden` -> `traces.files.load(folder, hidden=True)` -> RoutingTrace.hidden
 
-They take 2 L H bytes a token, 64 kB for OLMoE, so they are read into an unnamed temporary file (in TMPDIR) and
-mapped: what they take of memory is the system's to give and to take back.
+They take 2 L H bytes a token, 64 kB for OLMoE, so they are read into an unnamed temporary file (in TMPDIR)
+and mapped: what they take of memory is the system's to give and to take back.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class HiddenStates:
     @property
     def size(self) -> int:
         """H."""
-        return self.states.shape[-1]
+        return int(self.states.shape[-1])
 
     def select(self, tokens: Int[np.ndarray, "n"]) -> HiddenStates:
         """Those of these tokens, in memory."""
@@ -55,7 +55,7 @@ class HiddenStates:
         layers = self.states.shape[1]
         place = tokens * layers + seen - 1
         first = np.isin(tokens, starts) & (np.asarray(seen) == 0)
-        newest = self.states.reshape(-1, self.size)[np.maximum(place, 0)]
+        newest: Float16[np.ndarray, "n H"] = self.states.reshape(-1, self.size)[np.maximum(place, 0)]
         newest[first] = 0
         return newest
 
@@ -123,7 +123,7 @@ def read_routers(folder: Path, spec: RoutingSpec, hidden_size: int) -> Float32[n
     try:
         if path.stat().st_size > most:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected {most} at most")
-        routers = np.load(path, allow_pickle=False)
+        routers: Float32[np.ndarray, "L E H+1"] = np.load(path, allow_pickle=False)
         if routers.dtype != np.float32 or routers.shape != shape or not np.isfinite(routers).all():
             raise ValueError(f"it is {routers.dtype} {list(routers.shape)}, expected float32 {list(shape)}")
     except (OSError, ValueError, EOFError) as error:

@@ -97,9 +97,9 @@ def starts_of(lengths: Sequence[int] | Int64[np.ndarray, "S"]) -> Int64[np.ndarr
 def concatenate(traces: Sequence[RoutingTrace]) -> RoutingTrace:
     """One trace with the sequences of all, in order.
 
-    Token ids are -1 for the traces that have none; prefill and hidden states are told where all tell them. Raises
-    TraceError where there is no trace, the specs differ, or some have gates and others none: an invented
-    gate would pass for a measured one.
+    Token ids are -1 for the traces that have none; prefill and hidden states are told where all tell them.
+    Raises TraceError where there is no trace, the specs differ, or some have gates and others none: an
+    invented gate would pass for a measured one.
     """
     if not traces:
         raise TraceError("There is no trace to put together.", remedy="Give one trace at least.")
@@ -180,7 +180,8 @@ def _check_arrays(trace: RoutingTrace, origin: str) -> None:
             )
     if trace.hidden is not None and trace.hidden.states.shape[:2] != routed[:2]:
         raise TraceError(
-            f"{origin}: hidden states are {list(trace.hidden.states.shape)}, expected {list(routed[:2])} first.",
+            f"{origin}: hidden states are {list(trace.hidden.states.shape)},"
+            f" expected {list(routed[:2])} first.",
             remedy="There is one for each layer of each token.",
         )
     if not len(trace.experts):

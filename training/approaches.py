@@ -14,7 +14,17 @@ from typing import Any
 from training.baselines import BASELINES
 from training.config import PrefixConfig, TrainConfig
 from training.errors import ConfigInvalid
-from training.predictor_configs import EnsembleConfig, InterlayerConfig, MultiscaleConfig, PredictorConfig
+from training.predictor_configs import (
+    EnsembleConfig,
+    HiddenLinearConfig,
+    HiddenMLPConfig,
+    InterlayerConfig,
+    MultiscaleConfig,
+    NextGateConfig,
+    PredictorConfig,
+    PrefixHiddenConfig,
+    reads_hidden,
+)
 from training.presets import DEFAULT, PRESETS
 
 # Strengths to begin with, not tuned: a small share of each.
@@ -39,6 +49,10 @@ QUICK_SIZES: dict[str, PredictorConfig] = {
     "interlayer-enhanced": replace(QUICK_INTERLAYER, width=32, heads=4),
     "multiscale": QUICK_MULTISCALE,
     "ensemble": EnsembleConfig(QUICK_PREFIX, QUICK_INTERLAYER, QUICK_MULTISCALE),
+    "next-gate": NextGateConfig(),
+    "hidden-linear": HiddenLinearConfig(),
+    "hidden-mlp": HiddenMLPConfig(width=16, hidden=32),
+    "prefix-hidden": PrefixHiddenConfig(QUICK_PREFIX),
 }
 QUICK_BATCH, QUICK_BLOCK = 64, 8
 
@@ -59,6 +73,11 @@ class Approach:
     baseline: str = ""
     augmentation: tuple[tuple[str, float], ...] = ()
     shuffled: bool = False
+
+    @property
+    def reads_hidden(self) -> bool:
+        """Whether it can be trained on traces with hidden states only."""
+        return bool(self.predictor) and reads_hidden(PRESETS[self.predictor].config)
 
     def config(self, quick: bool) -> PredictorConfig:
         """The size of the predictor."""
@@ -97,12 +116,22 @@ def _listed() -> list[Approach]:
 APPROACHES = {approach.name: approach for approach in _listed()}
 
 
-def chosen(names: Sequence[str]) -> list[Approach]:
-    """The approaches of these names, in the order of the list; all without names. Raises ConfigInvalid."""
+def check_names(names: Sequence[str]) -> None:
+    """Raises ConfigInvalid for a name that is none of an approach."""
     for name in names:
         if name not in APPROACHES:
             raise ConfigInvalid(
                 f"{name!r} is no approach, expected some of {', '.join(APPROACHES)}.",
                 remedy="Give these names to --predictors, or leave it out for all.",
             )
-    return [approach for name, approach in APPROACHES.items() if not names or name in names]
+
+
+def chosen(names: Sequence[str], *, hidden: bool) -> list[Approach]:
+    """The approaches of these names, in the order of the list. Raises ConfigInvalid.
+
+    Without names all of them, but for those that read hidden states where there are none (`hidden`).
+    """
+    check_names(names)
+    if names:
+        return [approach for name, approach in APPROACHES.items() if name in names]
+    return [approach for approach in APPROACHES.values() if hidden or not approach.reads_hidden]

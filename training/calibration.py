@@ -8,7 +8,7 @@ where they are negative and by `above` where they are positive, and shifted by `
 One slope for both sides left an expected calibration error of 0.027 on the split it was fitted on: most
 experts are far from being routed, and they decide that one slope. Fitted for each distance to the target
 layer, for token start for each layer, and all of it once with token ids and once without, since a forecast
-knows less then.
+knows less then; likewise with hidden states and without, where a predictor reads them.
 
 A router that picks one expert makes the logits of a layer a distribution, whose level means nothing. What
 is calibrated then are the log odds of their softmax, z = log p - log (1 - p).
@@ -34,15 +34,16 @@ MIN_SLOPE = 0.05
 
 
 class Calibration(nn.Module):
-    """Tables of (below, above, bias) by [token id known, number of layers seen, target layer].
+    """Tables of (below, above, bias) by [hidden state told,] [token id known, layers seen, target layer].
 
-    top_k: experts a layer routes a token to; with 1, logits are those of a softmax.
+    top_k: experts a layer routes a token to; with 1, logits are those of a softmax. hidden: whether there are
+    tables for forecasts that know a hidden state, behind the others.
     """
 
-    def __init__(self, num_layers: int, top_k: int) -> None:
+    def __init__(self, num_layers: int, top_k: int, *, hidden: bool = False) -> None:
         super().__init__()
         self.num_layers, self.top_k = num_layers, top_k
-        rows = 2 * (num_layers + 1)
+        rows = 2 * (1 + hidden) * (num_layers + 1)
         self.below, self.above, self.bias = (
             nn.Buffer(torch.full((rows, num_layers), value)) for value in IDENTITY
         )
@@ -51,8 +52,12 @@ class Calibration(nn.Module):
         """Where the tables of a token begin, with or without an id."""
         return token_known.int() * (self.num_layers + 1)
 
+    def first_row_told(self, hidden_told: Bool[Tensor, "B"]) -> Int32[Tensor, "B"]:
+        """How much further down the tables are where a hidden state is told."""
+        return hidden_told.int() * (2 * (self.num_layers + 1))
+
     def forward(self, logits: Float[Tensor, "B L E"], row: Int32[Tensor, "B"]) -> Float[Tensor, "B L E"]:
-        """Probabilities. row: `first_row` plus the number of layers seen."""
+        """Probabilities. row: `first_row` plus the number of layers seen, and `first_row_told`."""
         logits = levelled(logits, self.top_k)
         below, more, bias = (
             table[..., None].index_select(0, row)
@@ -60,9 +65,11 @@ class Calibration(nn.Module):
         )
         return torch.sigmoid(below * logits + more * nn.functional.relu(logits) + bias)
 
-    def set_tables(self, token_known: bool, fitted: Float32[np.ndarray, "S 3 L"]) -> None:
-        """Take in what `fit` found for forecasts with, or without, a token id."""
-        first = token_known * (self.num_layers + 1)
+    def set_tables(
+        self, token_known: bool, fitted: Float32[np.ndarray, "S 3 L"], *, hidden_told: bool = False
+    ) -> None:
+        """Take in what `fit` found for forecasts with, or without, a token id and a hidden state."""
+        first = (token_known + 2 * hidden_told) * (self.num_layers + 1)
         for number, table in enumerate((self.below, self.above, self.bias)):
             table[first : first + len(fitted)] = torch.from_numpy(fitted[:, number])
 

@@ -8,6 +8,7 @@ is as private as the recording.
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ from typing import Any
 import numpy as np
 
 from traces.files import digest, load
+from traces.hidden import write_routers
+from traces.parquet import TraceWriter
 from traces.trace import RoutingTrace
 from training.errors import ComparisonInvalid, check_same_shape
 from training.run import load_traces
@@ -42,11 +45,16 @@ class Splits:
     validation: Split
     test: Split
 
+    @property
+    def hidden(self) -> bool:
+        """Whether all have hidden states."""
+        return all(split.trace.hidden is not None for split in vars(self).values())
+
     def cut(self, folder: Path) -> Splits:
         """The first sequences of each, written below `folder`."""
         return Splits(
             *(
-                _written(replace(split, trace=first_sequences(split.trace)), folder / SHORT / f"{name}.npz")
+                _written(replace(split, trace=first_sequences(split.trace)), folder / SHORT / name)
                 for name, split in vars(self).items()
             )
         )
@@ -54,23 +62,27 @@ class Splits:
     def shuffled(self, folder: Path) -> Splits:
         """The same with training and validation shuffled between tokens, written below `folder`."""
         train, validation = (
-            _written(replace(split, trace=shuffled(split.trace, seed)), folder / SHUFFLED / f"{name}.npz")
+            _written(replace(split, trace=shuffled(split.trace, seed)), folder / SHUFFLED / name)
             for seed, (name, split) in enumerate((("train", self.train), ("validation", self.validation)))
         )
         return Splits(train, validation, self.test)
 
 
 def read_splits(train: tuple[Path, ...], validation: tuple[Path, ...], test: Path) -> Splits:
-    """Read all three.
+    """Read all three, with hidden states where there are some.
 
     Raises TraceError, SpecMismatch where shapes differ, ComparisonInvalid where two share a file.
     """
     learnt, held_out = (
-        Split(load_traces(paths, "train")[0], paths, tuple((path.name, digest(path)) for path in paths))
+        Split(
+            load_traces(paths, "train", hidden=True)[0],
+            paths,
+            tuple((path.name, digest(path)) for path in paths),
+        )
         for paths in (train, validation)
     )
     check_same_shape(held_out.trace.spec, learnt.trace.spec, "the training traces")
-    scored = load(test)
+    scored = load(test, hidden=True)
     check_same_shape(scored.spec, learnt.trace.spec, "the training traces")
     splits = Splits(learnt, held_out, Split(scored, (test,), ((test.name, digest(test)),)))
     _check_apart(splits)
@@ -98,6 +110,7 @@ def shuffled(trace: RoutingTrace, seed: int) -> RoutingTrace:
     """Each layer's routing dealt anew to the tokens of the trace, gates along with it.
 
     What an expert's popularity says stays true; token, earlier tokens and earlier layers say nothing more.
+    Without hidden states.
     """
     rng = np.random.default_rng(seed)
     order = np.stack([rng.permutation(trace.num_tokens) for _ in range(trace.spec.num_layers)], axis=1)
@@ -106,26 +119,25 @@ def shuffled(trace: RoutingTrace, seed: int) -> RoutingTrace:
         trace,
         experts=trace.experts[order, layers],
         gates=None if trace.gates is None else trace.gates[order, layers],
+        hidden=None,
     )
 
 
-def _written(split: Split, path: Path) -> Split:
-    """The split as one .npz file, which is written unless it is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f"partial-{path.name}")
-        np.savez(partial, **_arrays(split.trace))
-        partial.replace(path)
-    return replace(split, paths=(path,))
-
-
-def _arrays(trace: RoutingTrace) -> dict[str, Any]:
-    optional = {"gates": trace.gates, "token_ids": trace.token_ids}
-    return {
-        "model": np.array(trace.spec.model),
-        "num_experts": np.array(trace.spec.num_experts),
-        "experts": trace.experts,
-        "starts": trace.starts,
-        "domains": np.array(trace.domains),
-        **{name: array for name, array in optional.items() if array is not None},
-    }
+def _written(split: Split, folder: Path) -> Split:
+    """The split as shards in a folder, which are written unless they are there."""
+    if not folder.exists():
+        partial = folder.with_name(f"partial-{folder.name}")
+        shutil.rmtree(partial, ignore_errors=True)
+        trace, hidden = split.trace, split.trace.hidden
+        columns: dict[str, Any] = {
+            "gates": trace.gates is not None,
+            "token_ids": trace.token_ids is not None,
+            "prefill": trace.prefill is not None,
+            "hidden_size": 0 if hidden is None else hidden.size,
+        }
+        with TraceWriter(partial, trace.spec, provenance={"source": "specmoe compare"}, **columns) as writer:
+            writer.append(trace, None if hidden is None else hidden.states)
+        if hidden is not None and hidden.routers is not None:
+            write_routers(partial, hidden.routers)
+        partial.replace(folder)
+    return replace(split, paths=(folder,))

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from model_store.manifest import STEP
-from speculation.golden import golden_inputs
+from speculation.golden import golden_hidden, golden_inputs
 from speculation.runtime import Speculator
 from speculation.steps import Steps
 
@@ -29,18 +29,22 @@ REPEATS = 300
 def measure_cost(speculator: Speculator) -> dict[str, Any]:
     """Size from the manifest; median microseconds of one predict and one advance of a single sequence.
 
-    Half of the layers are seen, as in the middle of a token. Checks of the input are part of the time.
+    Half of the layers are seen, as in the middle of a token, and a hidden state is told where it is read.
+    Checks of the input are part of the time.
     """
     manifest = speculator.manifest
     token_ids, experts, gates = golden_inputs(speculator.spec)
     half_seen = experts[-1:].copy()
     half_seen[:, speculator.spec.num_layers // 2 :] = -1
-    state = speculator.initial_state(1)
+    state, size = speculator.initial_state(1), manifest.hidden_size
+    hidden = (golden_hidden(size),) if size else ()
     return {
         "predictor": manifest.predictor.name,
         "parameters": manifest.predictor.parameters,
         "bytes": sum(file.bytes for file in manifest.files.values()),
-        "predict_us": _median_us(lambda: speculator.predict(state, token_ids[-1:], half_seen, gates[-1:])),
+        "predict_us": _median_us(
+            lambda: speculator.predict(state, token_ids[-1:], half_seen, gates[-1:], *hidden)
+        ),
         "advance_us": _median_us(lambda: speculator.advance(state, token_ids[:1], experts[:1], gates[:1])),
         "provider": speculator.provider,
         "hardware": hardware(),

@@ -4,6 +4,7 @@
     └── TrainingError
         ├── ConfigInvalid        a knob of a training run is out of its range
         ├── RunInvalid           a run's folder does not hold what it must
+        ├── HiddenMissing        traces lack the hidden states, or the routers, that a predictor reads
         ├── ComparisonInvalid    a comparison's folder holds another one, or its splits are not apart
         ├── ExportFailed         the exported graphs do not answer as the trained predictor does
         ├── CollectionError      routing cannot be recorded from a model
@@ -34,6 +35,10 @@ class ConfigInvalid(TrainingError):
 
 class RunInvalid(TrainingError):
     """A training run's folder does not hold what it must."""
+
+
+class HiddenMissing(TrainingError):
+    """Traces lack the hidden states, or the routers, that a predictor reads."""
 
 
 class ComparisonInvalid(TrainingError):

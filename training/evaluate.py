@@ -70,6 +70,7 @@ class Evaluation:
                 "model": trace.spec.model,
                 "token_ids": trace.token_ids is not None,
                 "gates": trace.gates is not None,
+                "hidden": trace.hidden is not None,
             },
             "distances": self.metrics.distances(),
             "layers": self.metrics.layers(),
@@ -138,7 +139,8 @@ def score_version(
     title: str = "the version",
     **given: bool,
 ) -> Metrics:
-    """Metrics of a version on one token in `every`. given: `token_ids`, `gates`: whether it gets them."""
+    """Metrics of a version on one token in `every`. given: `token_ids`, `gates`, `hidden`: whether it gets
+    them."""
     metrics = Metrics(speculator.spec, coverage=speculator.manifest.coverage)
     forecasts = of_speculator(speculator, trace, every=every, **given)
     for forecast in _shown(forecasts, trace, every, title, progress):
@@ -197,6 +199,7 @@ def _withheld(speculator: Speculator, trace: RoutingTrace, every: int, progress:
     for name, matters in (
         ("token_ids", manifest.uses_token_ids and trace.token_ids is not None),
         ("gates", manifest.uses_gates and trace.gates is not None),
+        ("hidden", manifest.hidden_size and trace.hidden is not None),
     ):
         if matters:
             scored[name] = score_version(

@@ -70,6 +70,10 @@ class Examples(ABC, Generic[AnyBatch]):
             blocks = np.arange(start, min(start + at_once, len(self)))
             yield self.draw(blocks, np.zeros(len(blocks), bool))
 
+    def untold(self) -> Self:
+        """The same as if no hidden state were known; those that have none as they are."""
+        return self
+
     def inside(self, blocks: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N T"]:
         """Which token places of these blocks hold a token."""
         return np.arange(self.block_tokens) < self.length[blocks][:, None]

@@ -28,7 +28,8 @@ from training.examples import Examples
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
 from training.parity import check_parity, check_quantized
-from training.predictors import examples_of, kind_of
+from training.predictor_configs import reads_hidden
+from training.predictors import examples_of, kind_of, network_of
 from training.predictors.predictor import Predictor as TrainedPredictor
 from training.quantization import quantized
 from training.run import Run, load_traces, read_run
@@ -49,7 +50,8 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     run = read_run(folder)
     predictor, seconds = trained(run, folder)
     halve(predictor)
-    trace, _ = load_traces(run.validation_paths, "validation", run.spec.model)
+    hidden = reads_hidden(run.predictor_config)
+    trace, _ = load_traces(run.validation_paths, "validation", run.spec.model, hidden=hidden)
     blocks = as_served(run, trace)
     predictor.settle(blocks)
     calibration, found = calibrated(predictor, blocks, progress=progress)
@@ -76,7 +78,7 @@ def as_served(run: Run, trace: RoutingTrace) -> Examples[Any]:
 def trained(run: Run, folder: Path) -> tuple[TrainedPredictor, float]:
     """The predictor with the run's best weights, and the seconds it was trained."""
     saved = checkpoint.load(folder / CHECKPOINT)
-    predictor = kind_of(run.predictor_config).network(run.spec, run.predictor_config, run.vocabulary)
+    predictor = network_of(run.spec, run.predictor_config, run.vocabulary, run.hidden_size)
     if not saved["best_weights"]:
         raise ExportFailed(
             f"{folder} was interrupted before its first look at the validation split.",
@@ -89,17 +91,39 @@ def trained(run: Run, folder: Path) -> tuple[TrainedPredictor, float]:
 def calibrated(
     predictor: TrainedPredictor, blocks: Examples[Any], *, progress: bool = False
 ) -> tuple[Calibration, Survey]:
-    """Calibration fitted on `blocks`, with token ids and without, and the survey of the richer kind."""
-    calibration = Calibration(predictor.spec.num_layers, predictor.spec.top_k)
+    """Calibration fitted on `blocks`, with token ids and without, and the survey of the richer kind.
+
+    Where the predictor reads hidden states, all of it once more without them.
+    """
+    calibration = Calibration(
+        predictor.spec.num_layers, predictor.spec.top_k, hidden=bool(predictor.hidden_size)
+    )
+    if predictor.hidden_size:
+        _calibrate(calibration, predictor, blocks.untold(), hidden_told=False, progress=progress)
+    found = _calibrate(
+        calibration, predictor, blocks, hidden_told=bool(predictor.hidden_size), progress=progress
+    )
+    return calibration, found
+
+
+def _calibrate(
+    calibration: Calibration,
+    predictor: TrainedPredictor,
+    blocks: Examples[Any],
+    *,
+    hidden_told: bool,
+    progress: bool,
+) -> Survey:
+    """Set the tables with token ids and without. Returns the survey of the richer kind."""
     without = survey(predictor, blocks, token_ids=False, progress=progress)
-    calibration.set_tables(False, fit(without.logits, without.targets))
+    calibration.set_tables(False, fit(without.logits, without.targets), hidden_told=hidden_told)
     if not predictor.reads_ids:
-        calibration.set_tables(True, fit(without.logits, without.targets))
-        return calibration, without
+        calibration.set_tables(True, fit(without.logits, without.targets), hidden_told=hidden_told)
+        return without
     del without
     found = survey(predictor, blocks, token_ids=True, progress=progress)
-    calibration.set_tables(True, fit(found.logits, found.targets))
-    return calibration, found
+    calibration.set_tables(True, fit(found.logits, found.targets), hidden_told=hidden_told)
+    return found
 
 
 def _assembled(
@@ -123,10 +147,11 @@ def _assembled(
             config=asdict(run.predictor_config) | asdict(run.train_config) | predictor.settled(),
         ),
         uses_token_ids=predictor.reads_ids,
-        uses_gates=True,
+        uses_gates=predictor.reads_gates,
         state=functions.state,
         token=functions.token,
         progress=functions.progress,
+        hidden_size=functions.hidden_size,
         opset=OPSET,
         metrics={},
         coverage=coverage(found),
@@ -156,6 +181,8 @@ def example_inputs(spec: RoutingSpec, functions: Served, name: GraphName) -> dic
     token_id = {"token_id": torch.zeros(2, dtype=torch.int64)}
     routing = {"experts": experts, "gates": torch.full(routed, 1 / spec.top_k)}
     further: dict[GraphName, dict[str, torch.Tensor]] = {BEGIN: token_id, STEP: {"layers": layers, **routing}}
+    if functions.hidden_size:
+        further[PREDICT] = token_id | routing | {"hidden": torch.ones(2, functions.hidden_size)}
     return inputs | further.get(name, token_id | routing)
 
 

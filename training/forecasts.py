@@ -41,12 +41,16 @@ class Forecast:
 
 
 class Inputs:
-    """What a predictor is given of a trace: routing, and token ids and gates unless they are withheld."""
+    """What a predictor is given of a trace: routing, and token ids, gates and hidden states unless
+    withheld."""
 
-    def __init__(self, trace: RoutingTrace, *, token_ids: bool = True, gates: bool = True) -> None:
+    def __init__(
+        self, trace: RoutingTrace, *, token_ids: bool = True, gates: bool = True, hidden: bool = False
+    ) -> None:
         self._trace = trace
         self._token_ids = trace.token_ids if token_ids else None
         self._gates = trace.gates if gates else None
+        self._hidden = trace.hidden if hidden else None
 
     def of(
         self, rows: Int[np.ndarray, "B"], seen: int
@@ -63,6 +67,12 @@ class Inputs:
         gates[:, seen:] = 1.0
         return token_ids, experts, gates
 
+    def newest_hidden(self, rows: Int[np.ndarray, "B"], seen: int) -> Float32[np.ndarray, "B H"] | None:
+        """What predict is told of hidden states, if anything."""
+        if self._hidden is None:
+            return None
+        return self._hidden.newest(self._trace.starts, rows, seen).astype(np.float32)
+
 
 def of_speculator(
     speculator: Speculator,
@@ -70,16 +80,21 @@ def of_speculator(
     *,
     token_ids: bool = True,
     gates: bool = True,
+    hidden: bool = True,
     every: int = 1,
 ) -> Iterator[Forecast]:
     """Forecasts for every `every`-th token of the trace (the others are still lived through).
 
-    token_ids, gates: whether the predictor gets them, where the trace has them. The truth keeps its gates.
+    token_ids, gates, hidden: whether the predictor gets them, where it reads them and the trace has them.
+    The truth keeps its gates. Raises InputInvalid where hidden states are of another size than it reads.
     """
-    inputs = Inputs(trace, token_ids=token_ids, gates=gates)
+    reads_hidden = bool(speculator.manifest.hidden_size)
+    inputs = Inputs(trace, token_ids=token_ids, gates=gates, hidden=hidden and reads_hidden)
     for rows, state in _gathered(_states(speculator, trace, inputs), every):
         for seen in range(trace.spec.num_layers):
-            probabilities = speculator.predict(state, *inputs.of(rows, seen))
+            newest = inputs.newest_hidden(rows, seen)
+            told = {} if newest is None else {"hidden": newest}
+            probabilities = speculator.predict(state, *inputs.of(rows, seen), **told)
             yield Forecast(rows, seen, _beside_truth(probabilities, trace, rows, seen))
 
 

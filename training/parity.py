@@ -44,7 +44,16 @@ def check_parity(functions: Served, stored: StoredVersion, trace: RoutingTrace) 
         shown = experts.copy()
         shown[:, token % num_layers :] = -1
         answer = speculator.predict(state, ids, shown, gates)
-        _check(f"predict at token {token}", [answer], _torch(functions, PREDICT, state, ids, shown, gates))
+        untold = speculator.untold(1)
+        _check(
+            f"predict at token {token}",
+            [answer],
+            _torch(functions, PREDICT, state, ids, shown, gates, *untold),
+        )
+        if hidden := _hidden(trace, token, token % num_layers):
+            told = speculator.predict(state, ids, shown, gates, *hidden)
+            theirs = _torch(functions, PREDICT, state, ids, shown, gates, *hidden)
+            _check(f"predict with a hidden state at token {token}", [told], theirs)
         for at_once in (num_layers, 1) if STEP in functions.graphs else ():
             stepped = step_through(steps, state, ids, shown, gates, at_once)
             _check(f"steps of {at_once} layers at token {token}", [stepped], [answer])
@@ -63,8 +72,9 @@ def check_quantized(exact: StoredVersion, small: StoredVersion, trace: RoutingTr
         seen = token % trace.spec.num_layers
         shown = experts.copy()
         shown[:, seen:] = -1
+        hidden = _hidden(trace, token, seen)
         ours, theirs = (
-            speculator.predict(state, ids, shown, gates)[:, seen:]
+            speculator.predict(state, ids, shown, gates, *hidden)[:, seen:]
             for speculator, state in zip(speculators, states, strict=True)
         )
         apart.append(np.abs(ours - theirs).ravel())
@@ -88,6 +98,13 @@ def _inputs(trace: RoutingTrace, token: int) -> tuple[Array, Array, Array]:
     ids = np.full(1, -1, np.int64) if trace.token_ids is None else trace.token_ids[row].astype(np.int64)
     known = np.ones(experts.shape) if trace.gates is None else trace.gates[row]
     return ids, experts, known.astype(np.float32)
+
+
+def _hidden(trace: RoutingTrace, token: int, seen: int) -> tuple[Array, ...]:
+    """What predict is told of hidden states, if anything."""
+    if trace.hidden is None:
+        return ()
+    return (trace.hidden.newest(trace.starts, np.array([token]), seen).astype(np.float32),)
 
 
 @torch.no_grad()

@@ -15,9 +15,10 @@ from speculation.publishing import publish_export
 from training.config import TrainConfig
 from training.errors import check_same_shape
 from training.export import export
+from training.hidden_states import check_hidden
 from training.loop import Trainer
-from training.predictor_configs import PredictorConfig
-from training.predictors import examples_of, kind_of
+from training.predictor_configs import PredictorConfig, reads_hidden
+from training.predictors import examples_of, network_of
 from training.processes import Processes, processes
 from training.run import Run, check_apart, check_resumable, environment, load_traces, write_run
 from training.vocabulary import Vocabulary
@@ -41,15 +42,18 @@ def train(
 
     predictor: the name it goes by (`training.presets`); what it is follows from its config.
     Raises TraceError for malformed traces, SpecMismatch where they are of different shapes, RunInvalid where
-    a trace is given for both or the folder holds another run, and what exporting and publishing raise.
+    a trace is given for both or the folder holds another run, HiddenMissing, and what exporting and
+    publishing raise.
     """
     destination = None if store is None else open_store(store)
     for alias in aliases:  # before hours of training, not after them
         check_alias(alias)
     with processes() as where:
-        train_trace, train_sources = load_traces(traces, "train", model)
-        validation_trace, validation_sources = load_traces(validation, "validation")
+        hidden = reads_hidden(predictor_config)
+        train_trace, train_sources = load_traces(traces, "train", model, hidden=hidden)
+        validation_trace, validation_sources = load_traces(validation, "validation", hidden=hidden)
         check_same_shape(validation_trace.spec, train_trace.spec, "the training traces")
+        hidden_size = check_hidden(train_trace, validation_trace) if hidden else 0
         check_apart(train_sources, validation_sources)
         vocabulary = Vocabulary.of(train_trace.token_ids, train_trace.starts)
         run = Run(
@@ -62,6 +66,7 @@ def train(
             known_ids=tuple(vocabulary.known.tolist()),
             known_pairs=tuple((before, token) for before, token in vocabulary.pairs.tolist()),
             command=command,
+            hidden_size=hidden_size,
             **environment(),
         )
         if resume:
@@ -69,11 +74,12 @@ def train(
         elif where.leads:
             write_run(folder, run)
         torch.manual_seed(train_config.seed)
-        network = kind_of(predictor_config).network(run.spec, predictor_config, run.vocabulary)
+        network = network_of(run.spec, predictor_config, run.vocabulary, hidden_size)
         blocks, looks = (
             examples_of(trace, train_config.block_tokens, predictor_config)
             for trace in (train_trace, validation_trace)
         )
+        network.prepare(blocks)
         trainer = Trainer(network, blocks, looks, train_config, folder, where)
         if resume:
             trainer.resume()

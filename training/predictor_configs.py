@@ -1,4 +1,5 @@
-"""The sizes of the predictors that read windows of past tokens by attention, and of the ensemble."""
+"""The sizes of the predictors that read windows of past tokens by attention or hidden states, and of the
+ensemble."""
 
 from __future__ import annotations
 
@@ -88,7 +89,81 @@ class EnsembleConfig:
         demand(0 < self.sharpness < 100, "sharpness", self.sharpness, "above 0 and below 100")
 
 
-PredictorConfig = PrefixConfig | InterlayerConfig | MultiscaleConfig | EnsembleConfig
+@dataclass(frozen=True)
+class PrefixHiddenConfig:
+    """The size of the `prefix-hidden` predictor.
+
+    prefix: size of what reads routing, as the predictor of that name (its own knobs).
+    drop_hidden: share of forecasts trained as if no hidden state were known (0 to 1).
+    """
+
+    prefix: PrefixConfig = field(default_factory=PrefixConfig)
+    drop_hidden: float = 0.2
+
+    def __post_init__(self) -> None:
+        _demand_share(self, "drop_hidden")
+
+
+@dataclass(frozen=True)
+class NextGateConfig:
+    """The `next-gate` predictor has no size of its own.
+
+    drop_hidden: share of forecasts trained as if no hidden state were known (0 to 1).
+    """
+
+    drop_hidden: float = 0.5
+
+    def __post_init__(self) -> None:
+        _demand_share(self, "drop_hidden")
+
+
+@dataclass(frozen=True)
+class HiddenLinearConfig:
+    """The `hidden-linear` predictor, whose size follows from the model.
+
+    input_dropout: on the hidden state (0 to 1).
+    drop_hidden: share of forecasts trained as if no hidden state were known (0 to 1).
+    """
+
+    input_dropout: float = 0.1
+    drop_hidden: float = 0.1
+
+    def __post_init__(self) -> None:
+        _demand_share(self, "input_dropout", "drop_hidden")
+
+
+@dataclass(frozen=True)
+class HiddenMLPConfig:
+    """The size of the `hidden-mlp` predictor.
+
+    width: of the trunk (channels).
+    hidden: of a residual block (channels).
+    blocks: residual blocks (count).
+    dropout: inside the trunk (0 to 1).
+    input_dropout: on the hidden state (0 to 1).
+    drop_hidden: share of forecasts trained as if no hidden state were known (0 to 1).
+    """
+
+    width: int = 256
+    hidden: int = 512
+    blocks: int = 1
+    dropout: float = 0.1
+    input_dropout: float = 0.1
+    drop_hidden: float = 0.1
+
+    def __post_init__(self) -> None:
+        _demand_positive(self, "width", "hidden", "blocks")
+        _demand_share(self, "dropout", "input_dropout", "drop_hidden")
+
+
+ProbeConfig = NextGateConfig | HiddenLinearConfig | HiddenMLPConfig
+HiddenConfig = PrefixHiddenConfig | ProbeConfig
+PredictorConfig = PrefixConfig | InterlayerConfig | MultiscaleConfig | EnsembleConfig | HiddenConfig
+
+
+def reads_hidden(config: PredictorConfig) -> bool:
+    """Whether the predictor of this config reads hidden states."""
+    return isinstance(config, HiddenConfig)
 
 
 def _demand_positive(config: object, *names: str) -> None:
@@ -99,5 +174,9 @@ def _demand_positive(config: object, *names: str) -> None:
 def _demand_attention(config: InterlayerConfig | MultiscaleConfig) -> None:
     demand(config.width % config.heads == 0, "width", config.width, f"a multiple of heads ({config.heads})")
     demand(config.window >= 2, "window", config.window, "at least 2")
-    for name in ("dropout", "input_dropout"):
+    _demand_share(config, "dropout", "input_dropout")
+
+
+def _demand_share(config: object, *names: str) -> None:
+    for name in names:
         demand(0 <= getattr(config, name) < 1, name, getattr(config, name), "0 or more and below 1")

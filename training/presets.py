@@ -10,9 +10,13 @@ from dataclasses import dataclass
 from training.config import PrefixConfig, TrainConfig
 from training.predictor_configs import (
     EnsembleConfig,
+    HiddenLinearConfig,
+    HiddenMLPConfig,
     InterlayerConfig,
     MultiscaleConfig,
+    NextGateConfig,
     PredictorConfig,
+    PrefixHiddenConfig,
 )
 
 DEFAULT = "prefix"
@@ -42,4 +46,9 @@ PRESETS = {
     ),
     "multiscale": Preset(MultiscaleConfig(), ATTENTION),
     "ensemble": Preset(EnsembleConfig(), ATTENTION),
+    # Of the first, what is usual is trained and nothing else.
+    "next-gate": Preset(NextGateConfig(), TrainConfig(passes=2)),
+    "hidden-linear": Preset(HiddenLinearConfig(), TrainConfig(near=1.0)),
+    "hidden-mlp": Preset(HiddenMLPConfig(), TrainConfig(near=1.0)),
+    "prefix-hidden": Preset(PrefixHiddenConfig(), TrainConfig(near=1.0)),
 }

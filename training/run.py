@@ -39,7 +39,7 @@ class Run:
 
     predictor: its name; predictor_config: its size, of the type that goes with the name (`training.presets`).
     paths: of the validation traces, where they lay on this machine; everything else goes into the lineage.
-    known_ids, known_pairs: the vocabulary.
+    known_ids, known_pairs: the vocabulary. hidden_size: of the hidden states it reads, 0 where it reads none.
     """
 
     spec: RoutingSpec
@@ -54,6 +54,7 @@ class Run:
     code_revision: str
     hardware: str
     packages: dict[str, str]
+    hidden_size: int = 0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -107,7 +108,7 @@ def _config_of(folder: Path, run: Run) -> PredictorConfig:
 def check_resumable(folder: Path, run: Run) -> None:
     """Raise RunInvalid where the run in `folder` was asked for otherwise: its lineage would not be true."""
     recorded = read_run(folder)
-    for name in ("spec", "predictor", "predictor_config", "train_config", "sources"):
+    for name in ("spec", "predictor", "predictor_config", "train_config", "sources", "hidden_size"):
         came, expected = getattr(run, name), getattr(recorded, name)
         if came != expected:
             raise RunInvalid(
@@ -141,13 +142,18 @@ def _differences(expected: Any, came: Any) -> str:
 
 
 def load_traces(
-    paths: tuple[Path, ...], use: Literal["train", "validation"], model: str | None = None
+    paths: tuple[Path, ...],
+    use: Literal["train", "validation"],
+    model: str | None = None,
+    *,
+    hidden: bool = False,
 ) -> tuple[RoutingTrace, tuple[TraceSource, ...]]:
     """All traces of these files and folders as one, and where it came from.
 
-    model: the name to go by, where the files' own is not the one wanted.
+    model: the name to go by, where the files' own is not the one wanted. hidden: with hidden states, where
+    all have some.
     """
-    traces = [load(path) for path in paths]
+    traces = [load(path, hidden=hidden) for path in paths]
     for trace in traces[1:]:
         check_same_shape(trace.spec, traces[0].spec, str(paths[0]))
     sources = tuple(

@@ -22,6 +22,7 @@ class Served:
     state, token, progress: what a sequence carries from token to token, during a token as begin makes it, and
     from step to step. The last two are empty without begin and step.
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
+    hidden_size: of the hidden states that predict takes as its last input; 0 where it takes none.
     """
 
     graphs: Mapping[GraphName, nn.Module]
@@ -30,6 +31,7 @@ class Served:
     token: tuple[StateTensor, ...] = ()
     progress: tuple[StateTensor, ...] = ()
     exact: tuple[str, ...] = ()
+    hidden_size: int = 0
 
 
 def tensor(name: str, dtype: str, *shape: int) -> StateTensor:

@@ -4,7 +4,8 @@
     specmoe compare ... --predictors prefix interlayer popularity layer-markov oracle
 
 Predictors, augmentations, plain baselines, the oracle, and a control that learns from shuffled routing. What
-is trained has a folder of its own below --folder, is exported, and scored through its ONNX graphs.
+is trained has a folder of its own below --folder, is exported, and scored through its ONNX graphs. Those that
+read hidden states take part where all traces have some (specmoe collect --hidden).
 Interrupted, the same command goes on where it was. docs/evaluation.md tells what the report shows.
 """
 
@@ -37,15 +38,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Compare, write the report, show its table. Returns 0."""
     from specmoe.commands.train import told
-    from training.approaches import chosen
+    from training.approaches import check_names, chosen
     from training.compare import Comparison, Settings, compare
     from training.compare_report import REPORT, score_table, write_comparison
     from training.compare_traces import read_splits
 
-    approaches = chosen(args.predictors)
+    check_names(args.predictors)
+    splits = read_splits(tuple(args.traces), tuple(args.validation), args.test)
+    approaches = chosen(args.predictors, hidden=splits.hidden)
     comparison = Comparison(
         folder=args.folder,
-        splits=read_splits(tuple(args.traces), tuple(args.validation), args.test),
+        splits=splits,
         settings=Settings(every=args.every, passes=args.passes, quick=args.quick),
         command=told(sys.argv[1:]),
     )

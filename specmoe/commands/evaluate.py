@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> int:
         )
     model, version = model_and_version(args.model)
     speculator = load_speculator(model, version=version, store=args.store, provider=args.provider)
-    trace = load(args.traces)
+    trace = load(args.traces, hidden=bool(speculator.manifest.hidden_size))
     name = f"{model} version {speculator.manifest.version}"
     check_same_shape(trace.spec, speculator.spec, name)
     sha256 = digest(args.traces)

@@ -1,11 +1,13 @@
 """`specmoe compare --quick` from end to end on a toy: report, pictures, resuming, refusals."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 
 from specmoe.cli import main
+from tests.training.toy_hidden import save_shards, with_hidden
 from tests.training.toy_routing import toy_trace
 from tests.training.toy_run import TRAIN, VALIDATION, save_npz
 from training import compare as comparing
@@ -49,6 +51,24 @@ def test_the_oracle_is_right_and_steps_are_timed(compared: Path) -> None:
     results = {r["name"]: r for r in json.loads((compared / "out" / "compare.json").read_text())["results"]}
     assert results["oracle"]["distances"]["1"]["recall_at_k"] == 1
     assert results["prefix"]["cost"]["step_us"] > 0
+
+
+def test_those_that_read_hidden_states_are_compared_where_there_are_some(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = {"train": TRAIN, "validation": VALIDATION, "test": toy_trace((20, 9), seed=7)}
+    for use, trace in splits.items():
+        save_shards(with_hidden(trace), tmp_path / f"{use}.npz")  # a folder, whatever its name
+    words = command(tmp_path, "--predictors", "next-gate", "oracle")
+    assert main(words) == 0
+    document = json.loads((tmp_path / "out" / "compare.json").read_text())
+    scores = {result["name"]: result["distances"]["1"]["recall_at_k"] for result in document["results"]}
+    assert scores["oracle"] == 1 > scores["next-gate"] > 0.6
+    shutil.rmtree(tmp_path / "train.npz")
+    save_shards(TRAIN, tmp_path / "train.npz")
+    capsys.readouterr()
+    again = [word.replace("out", "other") for word in words]
+    assert main(again) == 2 and "have no hidden states" in capsys.readouterr().err
 
 
 def test_what_is_finished_is_not_done_again(compared: Path, monkeypatch: pytest.MonkeyPatch) -> None:

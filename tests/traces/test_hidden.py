@@ -1,4 +1,4 @@
-"""Hidden states beside a trace: read as they were written, found for any prefix, refused where they cannot be."""
+"""Hidden states beside a trace: read as they were written, found for any prefix, refused where damaged."""
 
 from __future__ import annotations
 

@@ -30,14 +30,22 @@ def test_an_augmentation_changes_its_own_knob_alone() -> None:
 @pytest.mark.parametrize("name", [name for name, a in APPROACHES.items() if a.predictor])
 def test_a_quick_one_is_small(name: str) -> None:
     assert APPROACHES[name].training(0, passes=None, quick=True).passes == 1
-    assert APPROACHES[name].config(quick=True) != APPROACHES[name].config(quick=False)
+    has_no_size = APPROACHES[name].predictor in ("next-gate", "hidden-linear")
+    assert (APPROACHES[name].config(quick=True) == APPROACHES[name].config(quick=False)) == has_no_size
 
 
 def test_names_are_taken_in_the_order_of_the_list() -> None:
-    assert [a.name for a in chosen(["prefix", CONTROL, "random"])] == ["random", "prefix", CONTROL]
-    assert [a.name for a in chosen([])] == list(APPROACHES)
+    some = chosen(["prefix", CONTROL, "random"], hidden=False)
+    assert [a.name for a in some] == ["random", "prefix", CONTROL]
+    assert [a.name for a in chosen([], hidden=True)] == list(APPROACHES)
+
+
+def test_without_hidden_states_those_that_read_them_are_left_out_unless_named() -> None:
+    left_out = {"next-gate", "hidden-linear", "hidden-mlp", "prefix-hidden"}
+    assert {a.name for a in chosen([], hidden=False)} == set(APPROACHES) - left_out
+    assert [a.name for a in chosen(["hidden-mlp"], hidden=False)] == ["hidden-mlp"]
 
 
 def test_an_unknown_name_is_refused() -> None:
     with pytest.raises(ConfigInvalid, match=r"'prefx' is no approach, expected some of random, .*prefix"):
-        chosen(["prefix", "prefx"])
+        chosen(["prefix", "prefx"], hidden=False)

@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tests.training.toy_hidden import save_shards, with_hidden
 from tests.training.toy_routing import SPEC, toy_trace
 from tests.training.toy_run import TRAIN, VALIDATION, save_npz
 from traces.files import load
@@ -50,6 +51,21 @@ def test_what_is_written_is_read_as_it_was(tmp_path: Path) -> None:
     read = load(control.train.paths[0])
     np.testing.assert_array_equal(read.experts, control.train.trace.experts)
     assert (read.spec, read.domains) == (SPEC, TRAIN.domains)
+
+
+def test_hidden_states_are_cut_with_their_tokens_and_left_out_of_the_control(tmp_path: Path) -> None:
+    paths = [
+        save_shards(with_hidden(trace), tmp_path / name)
+        for name, trace in (("train", TRAIN), ("validation", VALIDATION), ("test", toy_trace(seed=5)))
+    ]
+    splits = read_splits((paths[0],), (paths[1],), paths[2])
+    assert splits.hidden and not splits.shuffled(tmp_path / "made").hidden
+    cut = splits.cut(tmp_path / "made")
+    (path,) = cut.validation.paths
+    whole, read = splits.validation.trace.hidden, load(path, hidden=True).hidden
+    assert whole is not None and read is not None
+    np.testing.assert_array_equal(read.states, whole.states[: len(read.states)])
+    np.testing.assert_array_equal(read.routers, whole.routers)
 
 
 def test_a_file_in_two_splits_is_refused(tmp_path: Path) -> None:

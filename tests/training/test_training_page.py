@@ -62,6 +62,15 @@ def test_knobs_of_size_are_listed_with_their_defaults(name: str) -> None:
     assert listed == {knob.flag: (unit(knob), default(knob)) for knob in knobs(PRESETS[name].config)}
 
 
+@pytest.mark.parametrize("column", range(1, 5))
+def test_knobs_of_those_that_read_hidden_states_are_listed_with_their_defaults(column: int) -> None:
+    name = ["next-gate", "hidden-linear", "hidden-mlp", "prefix-hidden"][column - 1]
+    table = rows("behind its name, too (`--prefix-width`):\n")
+    listed = {flag: (cells[0], cells[column]) for flag, cells in table.items() if cells[column]}
+    own = [knob for knob in knobs(PRESETS[name].config) if not knob.name.startswith("prefix_")]
+    assert listed == {knob.flag: (unit(knob), default(knob)) for knob in own}
+
+
 def test_knobs_of_an_outlook_are_listed_with_their_defaults() -> None:
     listed = {flag: (cells[0], cells[1]) for flag, cells in rows("[--store LOCATION] [KNOBS]\n").items()}
     assert listed == {knob.flag: (unit(knob), default(knob)) for knob in knobs(OutlookConfig())}

@@ -1,4 +1,5 @@
-"""Made-up routing with hidden states that know what comes: embeddings of the experts of the layers behind them."""
+"""Made-up routing with hidden states that know what comes: embeddings of the experts of the layers behind
+them."""
 
 from __future__ import annotations
 

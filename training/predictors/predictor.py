@@ -16,13 +16,19 @@ class Predictor(nn.Module):
 
     batch: of the examples it reads. rows: of the token table, for the batch's token ids. seen: how many
     layers are known, P times for each token. With a leading axis of M, each of M answers is scored alone.
-    spec, config, vocabulary: what it is for; kept for export. reads_ids: whether token ids change anything.
+    spec, config, vocabulary: what it is for; kept for export. reads_ids, reads_gates: whether these
+    change anything. hidden_size: of the hidden states it reads, 0 where it reads none.
     """
 
     spec: RoutingSpec
     config: Any
     vocabulary: Vocabulary
     reads_ids: bool
+    reads_gates: bool = True
+    hidden_size: int = 0
+
+    def prepare(self, train: Examples[Batch]) -> None:
+        """Before it is trained, take over what is known without training. Mostly nothing."""
 
     def settle(self, validation: Examples[Batch]) -> None:
         """Before it is calibrated, decide what the validation split decides. Mostly nothing."""

@@ -120,10 +120,24 @@ class PrefixPredictor(Predictor):
 
         rows: of the token table, 0 where unknown (`Vocabulary.rows_of_tokens`).
         """
-        spec = self.spec
+        return self.answer(*self.encode(batch, rows, seen))
+
+    def encode(
+        self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B Q L E"], Float[Tensor, "B P L E"]]:
+        """x, the maps that are the same for all prefixes, and the map of pairs."""
         maps, past = self.encode_past(batch, rows)
         x, pairs = self.encode_layers(batch, seen)
-        x = past[:, None] + x + self.last_seen(seen)
+        return past[:, None] + x + self.last_seen(seen), maps, pairs
+
+    def answer(
+        self,
+        x: Float[Tensor, "B P D"],
+        maps: Float[Tensor, "B Q L E"],
+        pairs: Float[Tensor, "B P L E"],
+    ) -> Float[Tensor, "B P L E"]:
+        """Logits from what `encode` says."""
+        spec = self.spec
         y = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
         logits = self.head(y).unflatten(-1, (spec.num_layers, spec.num_experts))
         shares = self.copy(y).unflatten(-1, (self.maps, spec.num_layers))

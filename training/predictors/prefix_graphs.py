@@ -219,6 +219,17 @@ class Step(nn.Module):
         told: Float[Tensor, "B 2*D+L*E"],
     ) -> Float[Tensor, "B L E"]:
         """Of every layer. token: the token's tensors."""
+        return self.calibration(*self.logits(previous, averages, token, seen, told))
+
+    def logits(
+        self,
+        previous: UInt8[Tensor, "B 1 L E"],
+        averages: Float[Tensor, "B S L E"],
+        token: list[Tensor],
+        seen: Int32[Tensor, "B"],
+        told: Float[Tensor, "B 2*D+L*E"],
+    ) -> tuple[Float[Tensor, "B L E"], Int32[Tensor, "B"]]:
+        """(logits of every layer, the rows of the calibration tables that go with them)."""
         start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
         width = predictor.config.width
@@ -236,8 +247,7 @@ class Step(nn.Module):
         said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
         copied = self.ones @ (shares_of_maps * torch.cat(maps, 1)).flatten(2)  # a sum, cheaper so
-        logits = (predictor.head(y)[:, None] + copied).view(-1, spec.num_layers, spec.num_experts)
-        return self.calibration(logits, row)
+        return (predictor.head(y)[:, None] + copied).view(-1, spec.num_layers, spec.num_experts), row
 
 
 class Predict(nn.Module):
@@ -254,9 +264,16 @@ class Predict(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Float[Tensor, "B L E"]:
         """inputs: the state's tensors, then token_id [B], experts [B, L, K], gates [B, L, K]."""
+        return self.step.calibration(*self.logits(*inputs))
+
+    def logits(
+        self, *inputs: Tensor, further: Float[Tensor, "B D"] | None = None
+    ) -> tuple[Float[Tensor, "B L E"], Int32[Tensor, "B"]]:
+        """As `Step.logits`. further: what else is added to x."""
         context, previous, averages, *past, token_id, experts, gates = inputs
-        token = self.begin(context, *past, token_id)
-        return self.step.probabilities(previous, averages, [*token], *self.sums(experts, gates))
+        start, *ours = self.begin(context, *past, token_id)
+        token = [start if further is None else start + further, *ours]
+        return self.step.logits(previous, averages, token, *self.sums(experts, gates))
 
     def sums(
         self, experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
