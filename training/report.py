@@ -173,13 +173,13 @@ def layer_table(document: Document) -> str:
 
 def _withheld_sections(document: Document) -> list[str]:
     sections = []
-    for name in ("token_ids", "gates"):
+    for name, title in (("token_ids", "token ids"), ("gates", "gates"), ("hidden", "hidden states")):
         scores = document.get(f"without_{name}")
         if scores:
             rows = [_score_row(d, scores[d]) for d in BASELINE_DISTANCES if d in scores]
             sections += [
-                f"## Without {name.replace('_', ' ')}",
-                markdown_table(["distance", *(title for title, _, _ in COLUMNS)], rows),
+                f"## Without {title}",
+                markdown_table(["distance", *(column for column, _, _ in COLUMNS)], rows),
             ]
     return sections
 

@@ -119,7 +119,8 @@ def _feed(
     session: onnxruntime.InferenceSession, speculator: Speculator, state: State, routing: Routing
 ) -> dict[str, np.ndarray[Any, Any]]:
     """What the session takes; a graph need not read all of the state."""
-    names = [tensor.name for tensor in speculator.manifest.state]
+    untold = speculator.untold(len(routing.experts))
+    names = [*(tensor.name for tensor in speculator.manifest.state), *(["hidden"] if untold else [])]
     given = {"token_id": routing.token_ids, "experts": routing.experts, "gates": routing.gates}
-    given |= dict(zip(names, state, strict=True))
+    given |= dict(zip(names, (*state, *untold), strict=True))
     return {taken.name: given[taken.name] for taken in session.get_inputs()}

@@ -6,14 +6,18 @@ import json
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from specmoe.bench.model_time import ModelTime
+from specmoe.bench.parts import QUICK
 from specmoe.bench.report import markdown
 from specmoe.cli import main
-from tests.toy_version import toy_store
+from speculation.runtime import Speculator
+from tests.toy_version import toy_store, toy_stored
 
 
 @pytest.fixture(scope="module")
@@ -42,6 +46,12 @@ def test_every_case_is_measured_beside_its_reference(measured: tuple[dict[str, A
     assert set(rest) == {("tcp", 1), ("tcp", 16), ("unix", 1), ("unix", 16)}
     for row in rest.values():
         assert min(row["service"]["calls"], row["bare"]["calls"]) >= row["connections"]
+
+
+def test_a_version_that_reads_a_hidden_state_is_measured_without_one() -> None:
+    stored = toy_stored(hidden_size=6)
+    measuring = ModelTime(stored, Speculator(stored, provider="cpu"))
+    assert len(list(measuring.run(replace(QUICK, model_seconds=0.001)))) == len(measuring.report()) == 9
 
 
 def test_the_ratio_is_that_of_the_numbers_beside_it(measured: tuple[dict[str, Any], str]) -> None:

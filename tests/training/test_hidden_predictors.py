@@ -29,6 +29,7 @@ from training.evaluate import evaluate, score_version
 from training.hidden_states import HiddenBatch, HiddenExamples, check_hidden
 from training.predictor_configs import HiddenMLPConfig
 from training.predictors import examples_of, kind_of
+from training.report import markdown
 
 TRACE = toy_hidden_trace((9, 1, 14))
 assert TRACE.hidden is not None
@@ -141,7 +142,10 @@ def test_a_published_one_forecasts_better_when_told_and_all_the_same_without(spe
     # A trunk of 16 numbers that reads routing as well has little room for the state.
     assert gained > (0.005 if name == "prefix-hidden" else 0.1)
     assert told["ece"] < 0.25 and untold["recall_at_k"] > 1.05 * spec.top_k / spec.num_experts
-    assert result.document()["trace"]["hidden"]
+    document = result.document()
+    assert document["trace"]["hidden"]
+    document["trace"] |= {"name": "test", "sha256": "0" * 64}
+    assert "## Without hidden states" in markdown(document, {})
     bare = score_version(speculator, replace(result.trace, hidden=None), every=2 * 4).distances()
     assert bare == result.withheld["hidden"].distances()
 
