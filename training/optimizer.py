@@ -16,9 +16,10 @@ BETAS = (0.9, 0.99)
 
 
 def optimizer(predictor: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
-    """For all parameters of `predictor`."""
-    decayed = [parameter for parameter in predictor.parameters() if parameter.ndim > 1]
-    others = [parameter for parameter in predictor.parameters() if parameter.ndim <= 1]
+    """For all parameters of `predictor` that are trained: others must not decay."""
+    trained = [parameter for parameter in predictor.parameters() if parameter.requires_grad]
+    decayed = [parameter for parameter in trained if parameter.ndim > 1]
+    others = [parameter for parameter in trained if parameter.ndim <= 1]
     return torch.optim.AdamW(
         [{"params": decayed, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
         lr=config.learning_rate,

@@ -27,6 +27,7 @@ from training.calibration import Calibration
 from training.errors import ConfigInvalid, HiddenMissing
 from training.evaluate import evaluate, score_version
 from training.hidden_states import HiddenBatch, HiddenExamples, check_hidden
+from training.optimizer import optimizer
 from training.predictor_configs import HiddenMLPConfig
 from training.predictors import examples_of, kind_of
 from training.report import markdown
@@ -119,6 +120,18 @@ def test_the_next_gate_is_the_models_own() -> None:
     logits = predictor(batch, torch.zeros(8, 2, dtype=torch.int64), seen)[:, 0].detach().numpy()
     own = np.einsum("nh,leh->nle", HIDDEN.states[:8, 1].astype(np.float32), HIDDEN.routers[..., :-1])
     assert np.array_equal(logits.argsort(-1), own.argsort(-1))
+
+
+def test_the_models_own_routers_do_not_decay_in_training() -> None:
+    predictor = untrained(SMALL["next-gate"], TRACE)
+    predictor.prepare(HiddenExamples(TRACE, BLOCK, None))
+    before = {name: value.clone() for name, value in predictor.state_dict().items()}
+    steps = optimizer(predictor, TRAINING)
+    for parameter in predictor.parameters():  # as several processes do, for what none of them has one for
+        parameter.grad = torch.zeros_like(parameter)
+    steps.step()
+    after = predictor.state_dict()
+    assert [name for name in before if not torch.equal(before[name], after[name])] == ["usual"]
 
 
 # One fixture each, and several looks at it: exporting takes seconds.
