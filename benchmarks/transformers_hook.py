@@ -2,11 +2,11 @@
 
     .venv/bin/python benchmarks/transformers_hook.py
 
-Models of random weights with gpt-oss-20b's layers, experts and top-k decode on one thread, followed by a
-stream to a `specmoe serve` of its own that runs the bundled gpt-oss-20b. A narrow model runs a layer faster
-than any real one does; a wider one takes a millisecond or more for it. *Asleep*: before its experts each
-layer sleeps, as a program does that waits for a device, and leaves the core to the service. What random
-weights route is not what the version was trained on: this measures time, not accuracy.
+The reference model, and models of random weights with gpt-oss-20b's layers, experts and top-k, decode on one
+thread, followed by a stream to a `specmoe serve` of its own that runs their bundled versions. A narrow model
+runs a layer faster than any real one does; a wider one takes a millisecond or more for it. *Asleep*: before
+its experts each layer sleeps, as a program does that waits for a device, and leaves the core to the service.
+What random weights route is not what the version was trained on: this measures time, not accuracy.
 
 *Arrived*: just before the layer's block ran, there was a forecast that was made after this token's start and
 covers this layer. *Behind*: layers that had been routed by then and that it did not know of. *Added*:
@@ -37,11 +37,39 @@ from specmoe.bench.cores import Cores
 from specmoe.bench.machine import describe
 from specmoe.bench.processes import server
 
-MODEL = "gpt-oss-20b"
+REFERENCE = Path(__file__).parents[1] / "reference_moe" / "checkpoint"
 LAYERS, EXPERTS, TOP_K = 24, 32, 4
 PROMPT, NEW_TOKENS = 16, 33
-# Hidden size, and how long a layer is asleep, ms.
-MODELS = ((64, 0), (64, 1), (512, 0))
+
+
+@dataclass(frozen=True)
+class Followed:
+    """A model that is measured. hidden_size: None for the reference model; asleep_ms: of each layer."""
+
+    title: str
+    version: str
+    hidden_size: int | None
+    asleep_ms: float
+
+    def model(self) -> Any:
+        """Built or loaded, and made to sleep."""
+        if self.hidden_size is None:
+            made = transformers.AutoModelForCausalLM.from_pretrained(REFERENCE, dtype=torch.float32).eval()
+        else:
+            made = random_model(self.hidden_size)
+        if self.asleep_ms:
+            for layer in made.model.layers:
+                layer.mlp.experts.register_forward_pre_hook(lambda *_: time.sleep(self.asleep_ms / 1000))
+        return made
+
+
+ALL = (
+    Followed("reference", "reference-moe", None, 0),
+    Followed("reference", "reference-moe", None, 1),
+    Followed("64 wide", "gpt-oss-20b", 64, 0),
+    Followed("64 wide", "gpt-oss-20b", 64, 1),
+    Followed("512 wide", "gpt-oss-20b", 512, 0),
+)
 
 
 @dataclass
@@ -71,32 +99,32 @@ def main() -> None:
     torch.set_num_threads(1)
     print(
         f"{describe(Cores(None, None))['cpu']}, one thread, Python {platform.python_version()}, torch"
-        f" {torch.__version__}, transformers {transformers.__version__}; {LAYERS} layers of {EXPERTS}"
-        f" experts, top-{TOP_K}, float32; {args.turns} turns of {NEW_TOKENS - 1} decoded"
-        f" tokens, load average {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
-        "| hidden size | asleep, ms | rows | a layer alone, ms | with the hook, ms | added, µs of processor"
-        " | arrived, layers 1 to 23: median of turns (least to most) | layer 0 | behind, mean |\n"
+        f" {torch.__version__}, transformers {transformers.__version__}; float32;"
+        f" {args.turns} turns of {NEW_TOKENS - 1} decoded tokens, load average"
+        f" {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n\n"
+        "| model | asleep, ms | rows | a layer alone, ms | with the hook, ms | added, µs of processor"
+        " | arrived, all layers but the first: median of turns (least to most) | layer 0 | behind, mean |\n"
         "|---:|---:|---:|---:|---:|---:|---:|---:|---:|"
     )
-    with serving() as reached:
-        for hidden_size, asleep_ms in MODELS:
-            model = random_model(hidden_size, asleep_ms)
+    for followed in ALL:
+        model = followed.model()
+        with serving(followed.version) as reached:
             for rows in args.batch_sizes:
                 cells = measured(model, rows, args.turns, reached)
-                print(f"| {hidden_size} | {asleep_ms} | {rows} | {cells} |", flush=True)
+                print(f"| {followed.title} | {followed.asleep_ms} | {rows} | {cells} |", flush=True)
 
 
 @contextmanager
-def serving() -> Iterator[dict[str, Any]]:
-    """How to reach a service, which runs until the block ends."""
+def serving(version: str) -> Iterator[dict[str, Any]]:
+    """How to reach a service of a bundled model's version, which runs until the block ends."""
     with tempfile.TemporaryDirectory() as folder:
         socket = Path(folder) / "s"
-        flags = ["serve", "--uds", str(socket), "--models", MODEL, "--provider", "cpu"]
+        flags = ["serve", "--uds", str(socket), "--models", version, "--provider", "cpu"]
         with server("specmoe.cli", flags, ready="model ready", log=Path(folder) / "service.log"):
-            yield {"uds": str(socket)}
+            yield {"uds": str(socket), "model": version}
 
 
-def random_model(hidden_size: int, asleep_ms: float) -> Any:
+def random_model(hidden_size: int) -> Any:
     """Experts half as wide as the model; it never ends a text."""
     torch.manual_seed(0)
     config = transformers.Qwen3MoeConfig(
@@ -112,17 +140,14 @@ def random_model(hidden_size: int, asleep_ms: float) -> Any:
         eos_token_id=None,
         pad_token_id=0,
     )
-    model = transformers.AutoModelForCausalLM.from_config(config).eval()
-    if asleep_ms:
-        for layer in model.model.layers:
-            layer.mlp.experts.register_forward_pre_hook(lambda *_: time.sleep(asleep_ms / 1000))
-    return model
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 def measured(model: Any, rows: int, turns: int, reached: dict[str, Any]) -> str:
     """Cells of a row of the table. Alone and followed take turns; the first ones warm up."""
     alone, followed, shares, start, behind = [], [], [], [], []
-    with Stream(**reached, model=MODEL, union=True, per_sequence=False) as stream:
+    layers = model.config.num_hidden_layers
+    with Stream(**reached, union=True, per_sequence=False) as stream:
         for turn in tqdm(range(turns + 1), leave=False, disable=None):
             plain = layer_ms(model, rows, turn)
             told = Arrivals()
@@ -135,7 +160,7 @@ def measured(model: Any, rows: int, turns: int, reached: dict[str, Any]) -> str:
                 followed.append(hooked)
                 # The prompt's pass comes first, and has no forecasts.
                 start += told.start[1:]
-                shares.append(statistics.mean(told.later[LAYERS - 1 :]))
+                shares.append(statistics.mean(told.later[layers - 1 :]))
                 behind += told.behind
     added = statistics.median((of[1] - plain[1]) * 1000 for of, plain in zip(followed, alone, strict=True))
     return (
@@ -155,8 +180,9 @@ def layer_ms(model: Any, rows: int, seed: int) -> tuple[float, float]:
     for _ in range(NEW_TOKENS - 1):
         output = model(output.logits[:, -1:].argmax(-1), use_cache=True, **cached(output))
     end = time.perf_counter(), time.process_time()
+    layers = model.config.num_hidden_layers
     wall, processor = (
-        (till - since) * 1000 / (NEW_TOKENS - 1) / LAYERS for since, till in zip(begin, end, strict=True)
+        (till - since) * 1000 / (NEW_TOKENS - 1) / layers for since, till in zip(begin, end, strict=True)
     )
     return wall, processor
 

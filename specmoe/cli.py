@@ -17,6 +17,7 @@ from traces.errors import SpecMoEError
 SUBCOMMANDS = {
     "serve": "run the prediction service",
     "traces": "import routing traces and tell how predictable they are",
+    "learn": "from a model of transformers to a predictor that is served, in one command",
     "collect": "record the routing of a mixture-of-experts model of transformers",
     "train": "train a predictor from routing traces",
     "export": "turn a training run into ONNX graphs and a manifest",

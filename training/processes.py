@@ -63,5 +63,8 @@ def processes() -> Iterator[Processes]:
     distributed.init_process_group("nccl" if use_gpu else "gloo")
     try:
         yield Processes(distributed.get_rank(), world, device)
+        # gloo's threads let go of the last sum's tensors, for which they need the interpreter: one that
+        # was late to that aborted the process while Python shut down. A barrier has no tensors.
+        distributed.barrier()
     finally:
         distributed.destroy_process_group()

@@ -156,6 +156,22 @@ def test_every_layer_is_taken_in_once_however_rows_are_batched(told: list[tuple[
     assert steps.begun == 3
 
 
+@pytest.mark.parametrize(("most", "sizes"), [(64, [3]), (4, [2, 1]), (1, [1, 1, 1])])
+def test_many_layers_at_once_go_through_in_parts(
+    monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]
+) -> None:
+    monkeypatch.setattr("speculation.slots.MOST_TOLD", most)
+    steps, came = Counting(), []
+    slots = Slots(steps, 3)  # type: ignore[arg-type]
+    monkeypatch.setattr(steps, "step", lambda *told: came.append(len(told[3])) or Counting.step(steps, *told))
+    rows = np.array([slots.open() for _ in range(3)])
+    slots.start(rows, np.zeros(3, np.int64))
+    slots.tell(rows, 0, np.array([[[0, 1]] * 2] * 3), None)
+    expected = np.tile((np.arange(LAYERS) < 2).astype(np.float32), (3, 1))
+    np.testing.assert_array_equal(slots.forecast(rows)[..., 0], expected)
+    assert came == sizes
+
+
 @pytest.fixture
 def slots() -> Slots:
     return Slots(Steps(SPECULATOR), CAPACITY)
