@@ -27,7 +27,7 @@ from training.evaluate import score_version
 from training.examples import Examples
 from training.loop import CHECKPOINT
 from training.onnx_graph import OPSET, halve, to_onnx
-from training.parity import check_parity, check_quantized
+from training.parity import check_parity, check_quantized, check_trained
 from training.predictor_configs import reads_hidden
 from training.predictors import examples_of, kind_of, network_of
 from training.predictors.predictor import Predictor as TrainedPredictor
@@ -58,6 +58,7 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     functions = kind_of(run.predictor_config).served(predictor, calibration)
     exact = _assembled(run, predictor, functions, found, seconds)
     check_parity(functions, exact, trace)
+    check_trained(predictor, calibration, blocks, exact, trace)
     stored = replace(
         exact, graphs={name: quantized(graph, functions.exact) for name, graph in exact.graphs.items()}
     )

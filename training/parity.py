@@ -3,7 +3,8 @@
 exported graphs + validation trace -> check_parity -> published, or ExportFailed
 
 Torch's own functions are the reference for predict and advance, and predict for begin and step, whether the
-layers seen are told at once or one by one. The tests compare torch's functions with the trainable form.
+layers seen are told at once or one by one. And what was trained, as training asks it, is the reference for
+what is served along a sequence, with token ids and without.
 """
 
 from __future__ import annotations
@@ -19,12 +20,18 @@ from model_store.store import StoredVersion
 from speculation.runtime import Speculator, State
 from speculation.steps import Steps, step_through
 from traces.trace import RoutingTrace
+from training.calibration import Calibration
 from training.errors import ExportFailed
+from training.examples import Batch, Examples
+from training.predictors.predictor import Predictor
 from training.served import Served
 
 # ONNX Runtime adds in another order than torch; nothing else may differ.
 TOLERANCE = 1e-4
 TOKENS = 64
+
+# Served, repeats are kept in bytes: for the bundled predictors 0.001 at most. Random weights make it more.
+TRAINED_TOLERANCE = 0.01
 
 # Weights and activations in 8 bits: for the bundled predictors 0.03 at most and 0.0008 on average.
 QUANTIZED_TOLERANCE = 0.1
@@ -60,6 +67,57 @@ def check_parity(functions: Served, stored: StoredVersion, trace: RoutingTrace) 
         after = speculator.advance(state, ids, experts, gates)
         _check(f"advance at token {token}", after, _torch(functions, ADVANCE, state, ids, experts, gates))
         state = after
+
+
+@torch.no_grad()
+def check_trained(
+    predictor: Predictor,
+    calibration: Calibration,
+    blocks: Examples[Batch],
+    stored: StoredVersion,
+    trace: RoutingTrace,
+) -> None:
+    """Raises ExportFailed where what is served along a sequence is not what was trained, calibrated.
+
+    blocks: of `trace`, as the survey asks them.
+    """
+    tokens = min(TOKENS, int(trace.starts[1]))
+    numbers = np.flatnonzero(blocks.first < tokens)
+    batch = blocks.draw(numbers, np.zeros(len(numbers), bool))
+    seen = torch.arange(len(batch.targets)) % trace.spec.num_layers
+    for known in (True, False) if predictor.reads_ids else (False,):
+        nobody = torch.zeros(len(seen), dtype=torch.bool)
+        asked = batch if known else batch.hiding(history=nobody, ids=~nobody)
+        rows = torch.from_numpy(predictor.vocabulary.rows_of_tokens(asked.token_ids.numpy()))
+        logits = predictor(asked, rows, seen[:, None])[:, 0]
+        row = calibration.first_row(torch.full(seen.shape, known)) + seen.int()
+        if predictor.hidden_size:
+            told = [any(hidden.any() for hidden in _hidden(trace, *at)) for at in enumerate(seen.tolist())]
+            row += calibration.first_row_told(torch.tensor(told))
+        expected = calibration(logits, row).numpy()[:tokens]
+        came = _along(stored, trace, tokens, known)
+        ahead = np.arange(trace.spec.num_layers) >= seen.numpy()[:tokens, None]
+        apart = float(np.abs(came - expected)[ahead].max())
+        if not apart <= TRAINED_TOLERANCE:
+            raise ExportFailed(
+                f"{'With' if known else 'Without'} token ids, what is served differs from what was trained by"
+                f" {apart:.3f}, expected {TRAINED_TOLERANCE} at most.",
+                remedy="Report this with the command that trained it.",
+            )
+
+
+def _along(stored: StoredVersion, trace: RoutingTrace, tokens: int, known: bool) -> Array:
+    """Probabilities along the first sequence, the number of layers seen as in the other checks."""
+    speculator = Speculator(stored, provider="cpu", origin="the export")
+    state, came = speculator.initial_state(1), []
+    for token in range(tokens):
+        ids, experts, gates = _inputs(trace, token)
+        ids = ids if known else np.full(1, -1, np.int64)
+        seen, shown = token % trace.spec.num_layers, experts.copy()
+        shown[:, seen:] = -1
+        came.append(speculator.predict(state, ids, shown, gates, *_hidden(trace, token, seen)))
+        state = speculator.advance(state, ids, experts, gates)
+    return np.concatenate(came)
 
 
 def check_quantized(exact: StoredVersion, small: StoredVersion, trace: RoutingTrace) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -19,9 +20,10 @@ from tests.training.toy_zoo import TOP_ONE
 from training.calibration import Calibration
 from training.errors import ExportFailed
 from training.evaluate import evaluate
-from training.export import trained
+from training.export import export, trained
 from training.loop import CHECKPOINT
-from training.parity import check_parity
+from training.parity import check_parity, check_trained
+from training.predictors.predictor import Predictor
 from training.predictors.prefix_graphs import served
 from training.run import read_run
 
@@ -143,6 +145,23 @@ def test_a_graph_that_says_something_else_is_not_exported(published: Path) -> No
         other.head.bias += 1.0
     with pytest.raises(ExportFailed, match=r"predict at token 0: two answers differ by .*, expected 0\.0001"):
         check_parity(served(other, Calibration(SPEC.num_layers, SPEC.top_k)), stored, VALIDATION)
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_a_version_that_says_something_else_than_was_trained_is_not_exported(
+    published: Path, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def shifted(predictor: Predictor, calibration: Calibration, *rest: Any) -> None:
+        first = known * (SPEC.num_layers + 1)
+        calibration.bias[first : first + SPEC.num_layers] += 0.2
+        check_trained(predictor, calibration, *rest)
+
+    monkeypatch.setattr("training.export.check_trained", shifted)
+    whose = "With" if known else "Without"
+    with pytest.raises(
+        ExportFailed, match=rf"{whose} token ids, what is served differs from what was trained"
+    ):
+        export(published / "run")
 
 
 def test_it_works_without_token_ids_and_gates(speculator: Speculator) -> None:
