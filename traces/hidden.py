@@ -76,7 +76,7 @@ def mapped(
             file.flush()
             if file.tell() != 2 * math.prod(shape):
                 raise TraceFormatError(
-                    f"{origin} has {file.tell()} bytes of hidden states, expected 2 for each of {list(shape)}.",
+                    f"{origin} has {file.tell()} bytes of hidden states, expected 2 each of {list(shape)}.",
                     remedy="Copy the recording again; it is damaged.",
                 )
             return np.memmap(file, np.float16, "r", shape=shape)
