@@ -9,6 +9,7 @@ and mapped: what they take of memory is the system's to give and to take back.
 
 from __future__ import annotations
 
+import math
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -63,22 +64,36 @@ class HiddenStates:
 def mapped(
     parts: Iterable[Float16[np.ndarray, "n L H"]], shape: tuple[int, int, int], origin: str
 ) -> Float16[np.ndarray, "N L H"]:
-    """All parts as one array of this shape, in a temporary file. Raises TraceError where a number is none."""
-    with tempfile.TemporaryFile() as file:
-        for part in parts:
-            if not np.isfinite(part).all():
-                raise TraceError(
-                    f"{origin} has a hidden state that is no finite number.",
-                    remedy="Record it again, with --dtype float32 perhaps.",
+    """All parts as one array of this shape, in a temporary file.
+
+    Raises TraceError where a number is none, or they do not fit onto the disk.
+    """
+    try:
+        with tempfile.TemporaryFile() as file:
+            for part in parts:
+                _check_finite(part, origin)
+                file.write(np.ascontiguousarray(part).data)
+            file.flush()
+            if file.tell() != 2 * math.prod(shape):
+                raise TraceFormatError(
+                    f"{origin} has {file.tell()} bytes of hidden states, expected 2 each of {list(shape)}.",
+                    remedy="Copy the recording again; it is damaged.",
                 )
-            file.write(np.ascontiguousarray(part).data)
-        file.flush()
-        if file.tell() != 2 * int(np.prod(shape)):
-            raise TraceFormatError(
-                f"{origin} has {file.tell()} bytes of hidden states, expected {list(shape)} numbers of 2.",
-                remedy="Copy the recording again; it is damaged.",
-            )
-        return np.memmap(file, np.float16, "r", shape=shape)
+            return np.memmap(file, np.float16, "r", shape=shape)
+    except OSError as error:
+        raise TraceError(
+            f"{origin}: hidden states cannot be kept in {tempfile.gettempdir()}: {error.strerror}; they take"
+            f" {2 * math.prod(shape):,} bytes.",
+            remedy="Set TMPDIR to a folder with room for them, or record fewer tokens.",
+        ) from error
+
+
+def _check_finite(states: Float16[np.ndarray, "n L H"], origin: str) -> None:
+    if not np.isfinite(states).all():
+        raise TraceError(
+            f"{origin} has a hidden state that is no finite number.",
+            remedy="Record it again, with --dtype float32 perhaps.",
+        )
 
 
 def concatenated(parts: Sequence[HiddenStates]) -> HiddenStates:
@@ -119,7 +134,7 @@ def read_routers(folder: Path, spec: RoutingSpec, hidden_size: int) -> Float32[n
     if not path.exists():
         return None
     shape = (spec.num_layers, spec.num_experts, hidden_size + 1)
-    most = 4 * int(np.prod(shape)) + HEADER_BYTES
+    most = 4 * math.prod(shape) + HEADER_BYTES
     try:
         if path.stat().st_size > most:
             raise ValueError(f"it has {path.stat().st_size} bytes, expected {most} at most")

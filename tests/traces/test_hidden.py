@@ -85,6 +85,12 @@ def test_what_is_no_number_is_refused() -> None:
         mapped([HIDDEN.states[1:]], HIDDEN.states.shape, "it")
 
 
+def test_a_full_disk_is_told_with_what_would_be_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "wb"))  # noqa: SIM115, PTH123
+    with pytest.raises(TraceError, match=r"No space left on device; they take 2,496 bytes\. Set TMPDIR"):
+        mapped([HIDDEN.states], HIDDEN.states.shape, "it")
+
+
 @pytest.mark.parametrize(
     "content",
     [
