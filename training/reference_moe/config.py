@@ -44,7 +44,7 @@ class ReferenceConfig:
     top_k: int = 4
     expert_width: int = 80
     context: int = 256
-    tokens: int = 10_000_000
+    tokens: int = 5_324_800
     batch_size: int = 8
     learning_rate: float = 3e-3
     warmup_steps: int = 150
