@@ -19,6 +19,7 @@ SUBCOMMANDS = {
     "traces": "import routing traces and tell how predictable they are",
     "learn": "from a model of transformers to a predictor that is served, in one command",
     "collect": "record the routing of a mixture-of-experts model of transformers",
+    "reference-moe": "train our own small mixture-of-experts language model on plain text",
     "train": "train a predictor from routing traces",
     "export": "turn a training run into ONNX graphs and a manifest",
     "outlook": "train what tells a cache which experts to keep",
@@ -38,6 +39,8 @@ EXTRA_OF_MODULE = {
     "matplotlib": "training",
     "tensorboard": "training",
     "transformers": "collect",
+    "tokenizers": "collect",
+    "safetensors": "collect",
     "pyarrow": "traces",
     "tqdm": "traces",
     "boto3": "s3",
@@ -85,7 +88,7 @@ def _front_parser() -> argparse.ArgumentParser:
 
 
 def _run(name: str, arguments: list[str]) -> int:
-    command = importlib.import_module(f"specmoe.commands.{name}")
+    command = importlib.import_module(f"specmoe.commands.{name.replace('-', '_')}")
     parser = argparse.ArgumentParser(
         prog=f"specmoe {name}",
         description=command.__doc__,

@@ -86,7 +86,11 @@ def test_every_subcommand_named_exists() -> None:
 
 @pytest.mark.parametrize(
     "spec",
-    [RoutingSpec("gpt-oss-20b", 24, 32, 4), RoutingSpec("deepseek-v2-lite", 26, 64, 6)],
+    [
+        RoutingSpec("gpt-oss-20b", 24, 32, 4),
+        RoutingSpec("deepseek-v2-lite", 26, 64, 6),
+        RoutingSpec("reference-moe", 8, 32, 4),
+    ],
     ids=lambda spec: spec.model,
 )
 def test_bundled_versions_are_whole_small_and_trained_without_the_test_split(spec: RoutingSpec) -> None:
@@ -98,4 +102,6 @@ def test_bundled_versions_are_whole_small_and_trained_without_the_test_split(spe
         "train.npz",
         "train-repetitive.npz",
         "validation.npz",
+        "train",
+        "validation",
     }
