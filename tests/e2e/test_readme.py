@@ -71,6 +71,30 @@ def test_the_example_in_process_runs(capsys: pytest.CaptureFixture[str]) -> None
     assert getattr(names["probabilities"], "shape", None) == (32, 24, 32)
 
 
+def test_the_one_command_leads_from_the_reference_model_to_a_service_that_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (line,) = (line for block in blocks("sh") for line in block.splitlines() if "specmoe learn" in line)
+    words = shlex.split(line.partition("specmoe learn")[2])
+    assert words[-1] == "--serve"
+    folder = words.index("--folder") + 1
+    words[folder] = str(tmp_path / "learnt")
+    texts = sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("docs/*.md"))
+    words[words.index("docs/*.md")] = texts[0]
+    words[words.index(texts[0]) + 1 : words.index(texts[0]) + 1] = texts[1:]
+    monkeypatch.chdir(ROOT)
+    small = ["--tokens", "6000", "--length", "64", "--passes", "1"]
+    assert main(["learn", *words[:-1], *small]) == 0
+    with running_service(tmp_path / "learnt" / "store") as reached:
+        wait_until_ready(reached["base_url"])
+        question = json.dumps({"model": "reference", "sequences": [{"token_id": 99}], "top_n": 4}).encode()
+        request = urllib.request.Request(f"{reached['base_url']}/v1/predict", question)
+        request.add_header("Content-Type", "application/json")
+        with urllib.request.urlopen(request) as told:
+            (layers,) = json.load(told)["predictions"]
+    assert [len(set(layer["experts"])) for layer in layers] == [4] * 8
+
+
 def test_every_link_leads_somewhere() -> None:
     links = re.findall(r"\]\(([^)#:]+)\)", README)
     assert links and [link for link in links if not (ROOT / link).exists()] == []
