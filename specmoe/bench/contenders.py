@@ -33,14 +33,14 @@ class Contender:
     onnxruntime: str = onnxruntime.__version__
     times: dict[int, Latency] = field(default_factory=lambda: {n: Latency() for n in CONNECTIONS})
 
-    def report(self, model: Latency) -> dict[str, Any]:
-        """Fit for JSON. added_us: at p50 and one connection, to the model call."""
+    def report(self, called: Latency) -> dict[str, Any]:
+        """Fit for JSON. called: the model's call for it. added_us: to that, at p50 and one connection."""
         return {
             "server": self.title,
             "version": self.version,
             "onnxruntime": self.onnxruntime,
             **{f"connections_{n}": times.report() for n, times in self.times.items()},
-            "added_us": round(self.times[1].percentile_us(50) - model.percentile_us(50), 2),
+            "added_us": round(self.times[1].percentile_us(50) - called.percentile_us(50), 2),
         }
 
 

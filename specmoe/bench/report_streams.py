@@ -64,7 +64,7 @@ def server_lines(servers: dict[str, Any]) -> list[str]:
         "Each on the server's core, for itself in its turn, over TCP loopback: one sequence, half of its "
         f"layers seen. The model call alone in the same turns: p50 {us(servers['model']['p50_us'])} "
         f"(the step that a stream calls instead: p50 {us(servers['step']['p50_us'])}). *added*: p50 less the "
-        "model call. *answers a second*: with 16 connections. "
+        "call that it makes. *answers a second*: with 16 connections. "
         f"ONNX Runtime {', '.join(runtimes)} in all of them.",
         "",
         *table(head, body),
