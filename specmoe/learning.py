@@ -72,7 +72,7 @@ def _going_on(words: list[str]) -> list[str]:
 class State:
     """Which commands are done, in `learn.json` of the folder, and the options they belong to.
 
-    options: what must be the same when it goes on.
+    options: what must be the same when it goes on, once something was recorded.
 
     Raises TraceError where the folder has something and is not to be gone on with, or was begun otherwise.
     """
@@ -82,13 +82,22 @@ class State:
         self._document: dict[str, Any] = {"options": options, "done": [], "begun": None}
         if resume and self._file.exists():
             self._take_up(options)
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and not self._is_free(folder):
             raise TraceError(
                 f"{folder} exists already and is not an empty folder that specmoe learn began.",
                 remedy="Choose another --folder; --resume goes on with one that was interrupted.",
             )
         folder.mkdir(parents=True, exist_ok=True)
         self._write()
+
+    def _is_free(self, folder: Path) -> bool:
+        """Whether no file is in it, but for the record of a recording that never began."""
+        return folder.is_dir() and not any(p.is_file() for p in folder.rglob("*") if p != self._file)
+
+    @property
+    def kept(self) -> bool:
+        """Whether there is anything to go on with."""
+        return not self._is_free(self._file.parent)
 
     @property
     def done(self) -> list[list[str]]:
@@ -118,7 +127,9 @@ class State:
                 remedy="Begin again in another --folder.",
             ) from error
         other = [name for name in options if before.get(name) != options[name]]
-        if other:
+        if not self.kept:
+            self._document["options"] = options
+        elif other:
             told = "; ".join(f"{name} was {before.get(name)!r}, not {options[name]!r}" for name in other)
             raise TraceError(
                 f"{self._file.parent} was begun with other options: {told}.",

@@ -10,6 +10,7 @@ were recorded from. docs/collecting.md is the guide.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 from traces.errors import TraceError
@@ -33,9 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--length",
         type=int,
-        default=512,
         metavar="N",
-        help="tokens of a piece of text, of a prompt at most; 512",
+        help="tokens of a piece of text, of a prompt at most; 512, or what the model can read",
     )
     parser.add_argument("--domain", metavar="NAME", help="of everything; default: each file's name")
     parser.add_argument(
@@ -56,15 +56,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from training.collection.config import CollectConfig
+    from training.collection.config import USUAL_LENGTH, CollectConfig
     from training.collection.model import load
-    from training.collection.recording import check_folder, collect
+    from training.collection.recording import check_folder, collect, usual_length
 
     config = CollectConfig(
         texts=tuple(args.text or ()),
         prompts=args.prompts,
         domain=args.domain,
-        length=args.length,
+        length=USUAL_LENGTH if args.length is None else args.length,
         new_tokens=args.generate,
         tokens=args.tokens,
         batch_size=args.batch_size,
@@ -72,6 +72,8 @@ def run(args: argparse.Namespace) -> int:
     )
     check_folder(args.out, resume=args.resume)
     loaded = load(args.model, device=args.device, dtype=args.dtype)
+    if args.length is None:
+        config = replace(config, length=usual_length(loaded, config.new_tokens))
     try:
         collected = collect(loaded, config, args.out, name=args.name, resume=args.resume)
     except OSError as error:

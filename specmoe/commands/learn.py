@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -58,7 +59,8 @@ def run(args: argparse.Namespace) -> int:
         command = state.begin(words)
         print(f"specmoe: {shlex.join(['specmoe', *command])}", file=sys.stderr)
         if status := main(command):
-            print(f"specmoe: what is done is kept in {args.folder}; --resume goes on.", file=sys.stderr)
+            if state.kept:
+                print(f"specmoe: what is done is kept in {args.folder}; --resume goes on.", file=sys.stderr)
             return status
         state.end()
     if args.serve:
@@ -68,6 +70,13 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _learning(args: argparse.Namespace) -> Learning:
+    """Raises ConfigInvalid where what comes after hours of recording could not be done."""
+    from model_store.documents import check_alias
+    from training.presets import PRESETS
+
+    check_alias(args.alias)
+    if args.passes is not None:
+        replace(PRESETS[args.predictor].train, passes=args.passes)
     given = vars(args)
     source = ["--text", *args.text] if args.text else ["--prompts", args.prompts]
     options = [(f"--{name.replace('_', '-')}", given[name]) for name in RECORDING]

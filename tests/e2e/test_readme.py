@@ -83,7 +83,7 @@ def test_the_one_command_leads_from_the_reference_model_to_a_service_that_answer
     words[words.index("docs/*.md")] = texts[0]
     words[words.index(texts[0]) + 1 : words.index(texts[0]) + 1] = texts[1:]
     monkeypatch.chdir(ROOT)
-    small = ["--tokens", "6000", "--length", "64", "--passes", "1"]
+    small = ["--tokens", "6000", "--passes", "1"]
     assert main(["learn", *words[:-1], *small]) == 0
     with running_service(tmp_path / "learnt" / "store") as reached:
         wait_until_ready(reached["base_url"])

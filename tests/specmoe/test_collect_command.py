@@ -43,6 +43,17 @@ def test_what_is_collected_can_be_looked_at(
     assert info["domains"] == {"toys": {"sequences": 41, "tokens": 2580}}
 
 
+def test_pieces_are_as_long_as_the_model_can_read(tmp_path: Path, text: Path) -> None:
+    model = saved(tmp_path / "Short")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 40}))
+    for generated, longest in (("0", 40), ("8", 39)):
+        out = tmp_path / generated
+        given = [str(model), "--text", str(text), "--out", str(out), "--tokens", "100"]
+        assert cli.main(["collect", *given, "--generate", generated]) == 0
+        assert max(load(out).starts[1:] - load(out).starts[:-1]) == longest
+
+
 def test_ctrl_c_leaves_whole_shards_and_resuming_finishes_them(
     model: Path, text: Path, tmp_path: Path
 ) -> None:

@@ -159,13 +159,51 @@ def test_a_folder_with_something_in_it_is_left_alone(
 
 
 def test_other_options_are_refused_when_it_goes_on(
-    model: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    mine = tmp_path / "mine"
-    assert cli.main([*given(tmp_path / "nowhere", text, mine)]) == 2
+    main, mine = cli.main, tmp_path / "mine"
+    monkeypatch.setattr(cli, "main", Interrupted(at="collect"))
+    assert main(given(model, text, mine)) == 130
     capsys.readouterr()
-    assert cli.main([*given(model, text, mine), "--resume"]) == 2
-    assert f"model was '{tmp_path / 'nowhere'}', not '{model}'" in capsys.readouterr().err
+    assert main([*given(model, text, mine), "--resume", "--tokens", "99"]) == 2
+    assert f"{mine} was begun with other options: tokens was 'None', not '99'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("resume", [[], ["--resume"]])
+def test_a_mistake_before_anything_was_recorded_may_be_mended(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    resume: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    main, mine = cli.main, tmp_path / "mine"
+    assert main(given(model, tmp_path / "nowhere.txt", mine)) == 2
+    assert "--resume goes on" not in capsys.readouterr().err
+    monkeypatch.setattr(cli, "main", Interrupted(at="", before="traces"))
+    assert main([*given(model, text, mine), *resume]) == 1
+    assert load(mine / "recorded").num_tokens > 0
+
+
+@pytest.mark.parametrize(
+    ("wrong", "reason"),
+    [(["--passes", "0"], "passes is 0, expected"), (["--alias", "7"], "'7' cannot be an alias")],
+)
+def test_what_cannot_be_done_after_hours_is_refused_at_once(
+    model: Path,
+    text: Path,
+    tmp_path: Path,
+    wrong: list[str],
+    reason: str,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert cli.main([*given(model, text, tmp_path / "mine"), *wrong]) == 2
+    assert reason in capsys.readouterr().err and not (tmp_path / "mine").exists()
 
 
 @pytest.mark.parametrize("content", ["", "{}", "[1]", '{"options": 1}'])

@@ -7,6 +7,9 @@ from pathlib import Path
 
 from training.errors import ConfigInvalid
 
+# Of a piece, where nobody says and the model can read as many.
+USUAL_LENGTH = 512
+
 
 @dataclass(frozen=True)
 class CollectConfig:
@@ -22,7 +25,7 @@ class CollectConfig:
     texts: tuple[Path, ...] = ()
     prompts: Path | None = None
     domain: str | None = None
-    length: int = 512
+    length: int = USUAL_LENGTH
     new_tokens: int = 0
     tokens: int | None = None
     batch_size: int = 8

@@ -25,7 +25,7 @@ from traces.hidden import write_routers
 from traces.recording import RecordingWriter, sequences_in
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace, starts_of
-from training.collection.config import CollectConfig
+from training.collection.config import USUAL_LENGTH, CollectConfig
 from training.collection.model import Loaded
 from training.collection.passes import Recorded, expected_tokens, generate, probe, read_texts
 from training.collection.provenance import provenance_of
@@ -95,8 +95,20 @@ def check_folder(out: Path, *, resume: bool) -> None:
         )
 
 
+def usual_length(loaded: Loaded, new_tokens: int) -> int:
+    """Tokens of a piece where nobody says: as many as the model can read, 512 at most."""
+    limit = _limit(loaded)
+    return USUAL_LENGTH if limit is None else max(2, min(USUAL_LENGTH, limit - new_tokens))
+
+
+def _limit(loaded: Loaded) -> int | None:
+    """Tokens that the model can read, None where it does not say."""
+    limit: int | None = getattr(loaded.model.config, "max_position_embeddings", None)
+    return limit
+
+
 def _check_length(loaded: Loaded, config: CollectConfig) -> None:
-    limit = getattr(loaded.model.config, "max_position_embeddings", None)
+    limit = _limit(loaded)
     if limit is not None and config.length + config.new_tokens > limit:
         raise ConfigInvalid(
             f"length {config.length} and {config.new_tokens} generated tokens are more than the"
