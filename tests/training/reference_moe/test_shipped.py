@@ -12,7 +12,6 @@ from safetensors import safe_open
 
 from model_store.store import open_store
 from traces.files import load
-from traces.parquet import read_hidden
 from training.collection import model as collected
 from training.collection.model import Loaded
 from training.reference_moe.model import answer, count_parameters
@@ -51,11 +50,13 @@ def test_it_routes_as_its_traces_tell(shipped: Loaded, part: str) -> None:
 
 
 def test_hidden_states_are_those_that_the_routers_saw(shipped: Loaded) -> None:
-    trace = load(SHIPPED / "traces" / "hidden")
-    hidden = np.concatenate(list(read_hidden(SHIPPED / "traces" / "hidden")))
-    assert hidden.shape == (trace.num_tokens, trace.spec.num_layers, shipped.model.config.hidden_size)
+    trace = load(SHIPPED / "traces" / "hidden", hidden=True)
+    hidden = trace.hidden
+    assert hidden is not None and hidden.routers is not None
+    assert hidden.states.shape == (trace.num_tokens, trace.spec.num_layers, shipped.model.config.hidden_size)
     weights = torch.stack([layer.mlp.gate.weight for layer in shipped.model.model.layers])
-    logits = np.einsum("tlh,leh->tle", hidden.astype(np.float32), weights.detach().numpy())
+    np.testing.assert_array_equal(hidden.routers[..., :-1], weights.detach().numpy())
+    logits = np.einsum("tlh,leh->tle", hidden.states.astype(np.float32), hidden.routers[..., :-1])
     best = np.argsort(-logits, -1)[..., : trace.spec.top_k]
     # Hidden states are kept in half precision.
     assert (np.sort(best, -1) == np.sort(trace.experts, -1)).mean() > 0.99
