@@ -71,26 +71,42 @@ class Predictor(Part):
 
 
 class Coverage(Part):
-    """How many of the first-ranked experts to fetch so that all routed ones are among them.
+    """Which experts to fetch so that all routed ones are among them: as many of the first-ranked as it says,
+    and whoever else is probable enough.
 
-    `experts[i][l][d - 1]`: with probability `levels[i]`, for target layer l at distance d = 1 .. l + 1, where
-    distance l + 1 is the start of the token. From the validation split.
+    `experts[i][l][d - 1]`, `thresholds[i][l][d - 1]`: with probability `levels[i]`, for target layer l at
+    distance d = 1 .. l + 1, where distance l + 1 is the start of the token. Versions from before thresholds
+    have none: a number of experts alone. From the validation split.
     """
 
     levels: tuple[Probability, ...]
     experts: tuple[tuple[tuple[Annotated[int, Field(ge=1)], ...], ...], ...]
+    thresholds: tuple[tuple[tuple[Probability, ...], ...], ...] = ()
 
     @model_validator(mode="after")
     def _triangular(self) -> Self:
         if len(self.experts) != len(self.levels):
             raise ValueError(f"coverage has {len(self.experts)} tables for {len(self.levels)} levels")
-        for level, table in zip(self.levels, self.experts, strict=True):
-            for layer, row in enumerate(table):
-                if len(row) != layer + 1:
-                    raise ValueError(
-                        f"coverage at {level}, layer {layer} has {len(row)} distances, expected {layer + 1}"
-                    )
+        if self.thresholds and len(self.thresholds) != len(self.levels):
+            raise ValueError(
+                f"coverage has {len(self.thresholds)} tables of thresholds for {len(self.levels)} levels"
+            )
+        for tables in (self.experts, self.thresholds):
+            for level, table in zip(self.levels, tables, strict=False):
+                for layer, row in enumerate(table):
+                    if len(row) != layer + 1:
+                        raise ValueError(
+                            f"coverage at {level}, layer {layer} has {len(row)} distances, "
+                            f"expected {layer + 1}"
+                        )
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_not_there(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        fields: dict[str, Any] = write(self)
+        if not self.thresholds:
+            del fields["thresholds"]
+        return fields
 
 
 class Lineage(Part):
@@ -166,6 +182,8 @@ class Draft(Part):
         for level, table in zip(self.coverage.levels, self.coverage.experts, strict=True):
             if len(table) != layers or any(n > experts for row in table for n in row):
                 raise ValueError(f"coverage at {level} must have {layers} layers, at most {experts} experts")
+        if any(len(table) != layers for table in self.coverage.thresholds):
+            raise ValueError(f"coverage's thresholds must have {layers} layers")
         names = ["token_id", "experts", "gates", *(["layers"] if self.token else [])]
         names += ["hidden"] if self.hidden_size else []
         names += [tensor.name for tensor in (*self.state, *self.token, *self.progress)]

@@ -32,21 +32,38 @@ Sizes = Int64[np.ndarray, "B L"]
 Probabilities = Float32[np.ndarray, "B L E"]
 
 
-def list_sizes(request: PredictRequest, running: Running, batch: Batch, wanted: Wanted) -> Sizes:
-    """How many experts each sequence's layer gets; 0 where it is not wanted.
-
-    Raises RequestInvalid where top_n exceeds the experts or comes with coverage, CoverageUnknown for a level
-    above the table's.
-    """
-    spec = running.speculator.spec
+def check_amount(request: PredictRequest, running: Running) -> None:
+    """Raises RequestInvalid where top_n exceeds the experts or comes with coverage, CoverageUnknown for a
+    level above the version's."""
     if request.top_n is not None and request.coverage is not None:
         raise RequestInvalid(
             "top_n and coverage came together, expected one of them.",
             remedy="top_n asks for a number of experts a layer, coverage for as many as it takes.",
         )
-    if request.coverage is None:
-        return np.where(wanted, _top_n(request, spec), 0)
-    return np.where(wanted, running.coverage_sizes(request.coverage)[batch.seen], 0)
+    if request.coverage is not None:
+        running.speculator.coverage_sets(request.coverage)
+    spec = running.speculator.spec
+    if request.top_n is not None and request.top_n > spec.num_experts:
+        raise RequestInvalid(
+            f"top_n is {request.top_n}, but {spec.model} has {spec.num_experts} experts a layer.",
+            remedy=f"Ask for 1 to {spec.num_experts}.",
+        )
+
+
+def list_sizes(
+    request: PredictRequest,
+    running: Running,
+    wanted: Wanted,
+    seen: Int64[np.ndarray, "B"],
+    probabilities: Probabilities,
+) -> Sizes:
+    """How many experts each sequence's layer gets, as checked by `check_amount`; 0 where it is not wanted."""
+    if request.coverage is not None:
+        sets = running.speculator.coverage_sets(request.coverage)
+        return np.where(wanted, sets.sizes(probabilities, seen), 0)
+    spec = running.speculator.spec
+    top_n = request.top_n or min(spec.num_experts, DEFAULT_TOP_K_MULTIPLE * spec.top_k)
+    return np.where(wanted, top_n, 0)
 
 
 def per_sequence(
@@ -105,17 +122,6 @@ def outlook(uses: Probabilities, request: PredictRequest, running: Running) -> d
     tables = union_demand(uses)[None] if request.combine == "union" else uses
     rounded = np.round(tables.astype(np.float64), OUTLOOK_DECIMALS)
     return {"tokens": described.tokens if described else 0, "uses": rounded.tolist()}
-
-
-def _top_n(request: PredictRequest, spec: RoutingSpec) -> int:
-    if request.top_n is None:
-        return min(spec.num_experts, DEFAULT_TOP_K_MULTIPLE * spec.top_k)
-    if request.top_n > spec.num_experts:
-        raise RequestInvalid(
-            f"top_n is {request.top_n}, but {spec.model} has {spec.num_experts} experts a layer.",
-            remedy=f"Ask for 1 to {spec.num_experts}.",
-        )
-    return request.top_n
 
 
 def _with_recall(

@@ -13,11 +13,10 @@ import ctypes
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ParamSpec, TypeVar
 
 import numpy as np
-from jaxtyping import Int64
 
 from model_store.errors import StoreUnavailable, VersionNotFound
 from model_store.store import Store
@@ -25,7 +24,6 @@ from service.device import choose
 from service.errors import VersionRefused
 from service.metrics import Metrics, VersionMetrics
 from service.settings import Settings
-from speculation.coverage import coverage_size
 from speculation.golden import check_golden
 from speculation.runtime import Speculator
 from traces.errors import SpecMoEError
@@ -34,8 +32,6 @@ from traces.errors import SpecMoEError
 WARM_UP_BATCHES = (1, 8, 32)
 # A version found unfit is not read again for so long, however often it is asked for.
 REFUSED_FOR_SECONDS = 30.0
-# Looking up a whole table takes a millisecond, and callers use one level or two.
-MAX_COVERAGE_TABLES = 16
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -51,16 +47,6 @@ class Running:
     provider_reason: str
     load_seconds: float
     metrics: VersionMetrics
-    _coverage_sizes: dict[float, Int64[np.ndarray, "L L"]] = field(default_factory=dict, repr=False)
-
-    def coverage_sizes(self, level: float) -> Int64[np.ndarray, "L L"]:
-        """[seen, layer] -> experts to fetch; 0 where the layer was seen. Raises CoverageUnknown."""
-        sizes = self._coverage_sizes.get(level)
-        if sizes is None:
-            sizes = _coverage_table(self.speculator, level)
-            if len(self._coverage_sizes) < MAX_COVERAGE_TABLES:
-                self._coverage_sizes[level] = sizes
-        return sizes
 
 
 class Loader:
@@ -140,15 +126,6 @@ def _load(store: Store, settings: Settings, metrics: Metrics, model: str, versio
         load_seconds=round(time.perf_counter() - began, 3),
         metrics=metrics.of_version(model, version),
     )
-
-
-def _coverage_table(speculator: Speculator, level: float) -> Int64[np.ndarray, "L L"]:
-    layers = speculator.spec.num_layers
-    sizes = np.zeros((layers, layers), np.int64)
-    for seen in range(layers):
-        for layer in range(seen, layers):
-            sizes[seen, layer] = coverage_size(speculator.manifest.coverage, level, layer, seen)
-    return sizes
 
 
 def _warm_up(speculator: Speculator) -> None:

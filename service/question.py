@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import orjson
-from jaxtyping import Float32
+from jaxtyping import Float32, Int64
 
-from service.answers import list_sizes, outlook, per_sequence, union
+from service.answers import check_amount, list_sizes, outlook, per_sequence, union
 from service.batch import Batch, joined, misfit, to_batch, wanted_layers
 from service.loading import Running
 from service.schemas import PredictRequest
@@ -25,7 +25,7 @@ from traces.errors import SpecMoEError
 class Question:
     """A request as arrays. Raises RequestInvalid or CoverageUnknown where it does not fit the version.
 
-    sizes: how many experts each sequence's layer gets. of_all: whether its sequences are answered together.
+    of_all: whether its sequences are answered together.
     uses: the outlook, once it is known, where it was asked for.
     """
 
@@ -35,13 +35,19 @@ class Question:
         spec = running.speculator.spec
         self.running = running
         self.batch: Batch = to_batch(request, spec)
-        self.sizes = list_sizes(request, running, self.batch, wanted_layers(request, spec, self.batch))
         self.of_all = request.combine == "union"
         self._request = request
+        self._wanted = wanted_layers(request, spec, self.batch)
+        check_amount(request, running)
+
+    def sizes(self, probabilities: Float32[np.ndarray, "B L E"]) -> Int64[np.ndarray, "B L"]:
+        """How many experts each sequence's layer gets."""
+        return list_sizes(self._request, self.running, self._wanted, self.batch.seen, probabilities)
 
     def together(self, probabilities: Float32[np.ndarray, "B L E"]) -> bytes:
         """What all its sequences need, as JSON."""
-        demand = union(probabilities, self.sizes, self._request, self.running.speculator.spec)
+        sizes = self.sizes(probabilities)
+        demand = union(probabilities, sizes, self._request, self.running.speculator.spec)
         return self.body(None, demand)
 
     def body(self, predictions: list[Any] | None, demand: list[Any] | None) -> bytes:
@@ -73,9 +79,10 @@ def answered(questions: Sequence[Question], probabilities: Float32[np.ndarray, "
     listed: list[list[dict[str, Any]]] = []
     if one_by_one:
         of_them = [probabilities[place] for q, place in zip(questions, places, strict=True) if not q.of_all]
+        sizes = [question.sizes(of_it) for question, of_it in zip(one_by_one, of_them, strict=True)]
         listed = per_sequence(
             of_them[0] if len(of_them) == 1 else np.concatenate(of_them),
-            np.concatenate([question.sizes for question in one_by_one]),
+            np.concatenate(sizes),
             joined([question.batch for question in one_by_one]),
             questions[0].running.speculator.spec,
         )

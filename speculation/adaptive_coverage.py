@@ -1,90 +1,114 @@
-"""Coverage that holds where routing drifts away from the validation split: set sizes that learn from misses.
+"""Coverage that holds where routing drifts away from the validation split: thresholds that learn from misses.
 
-coverage tables of the manifest + routing as it comes -> AdaptiveCoverage -> set sizes
+coverage sets of the manifest + routing as it comes -> AdaptiveCoverage -> set sizes
 a budget + what was fetched -> BudgetThreshold -> whom to fetch
 
 Adaptive conformal inference (Gibbs & Candès, "Adaptive Conformal Inference Under Distribution Shift", NeurIPS
 2021) moves the nominal level after each outcome by step (1 - level - miss). A manifest has tables for a few
-levels, so the set's size is moved instead, which is quantile tracking (Angelopoulos, Candès & Tibshirani,
-"Conformal PID Control for Time Series Prediction", NeurIPS 2023): a miss makes sets larger, each hit a little
-smaller. Whatever the routing does, the share of misses over T tokens is within about 2 E / (step T) of
-1 - level: what is moved is bounded, since a set of all experts misses nothing.
+levels, so the threshold is moved instead, in log-odds, which is quantile tracking (Angelopoulos, Candès &
+Tibshirani, "Conformal PID Control for Time Series Prediction", NeurIPS 2023): a miss lowers it, each hit
+raises it a little. Whatever the routing does, the share of misses over T tokens is above 1 - level by at most
+some 2 C / (step T): what is moved is bounded by C log-odds, where a set has all experts and misses nothing.
+(It may stay below: the first-ranked K are in every set.)
 
 Knows no clock and no sequence: keep one for each sequence, or one for a stream.
 
-    coverage = AdaptiveCoverage(speculator.manifest.coverage, speculator.spec)
-    sizes = coverage.sizes[0]                      # [seen, layer], of the first level
-    coverage.observe(needed_of(probabilities, routed))
+    coverage = AdaptiveCoverage(speculator)
+    sizes = coverage.sizes(probabilities, seen)[0]           # by layer, of the first level
+    coverage.observe([(seen, probabilities)], routed)        # once the token is finished
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
-from jaxtyping import Bool, Float, Float64, Int64, Integer
+from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 
-from model_store.manifest import Coverage
-from speculation.coverage import coverage_size
+from speculation.coverage import sizes_of
 from speculation.errors import CoverageUnknown, InputInvalid
-from traces.spec import RoutingSpec
+from speculation.runtime import Speculator
 
 # Distances that share a correction begin here: 1, 2-3, 4-7, 8-15, from 16. Token start is a group of its own.
 GROUP_BEGINS = (1, 2, 4, 8, 16)
-# Experts that a set grows by where every layer of a token was missed.
-STEP = 1.0
-# The golden ratio's fraction spreads layers evenly over the roundings of one and the same correction.
-SPREAD = (math.sqrt(5) - 1) / 2
+# Log-odds that a threshold falls by where every layer of a token was missed.
+STEP = 0.4
 # A threshold moves by so much in log-odds where twice the budget was fetched.
 BUDGET_STEP = 0.05
 LARGEST_LOG_ODDS = 16.0
 
 
 class AdaptiveCoverage:
-    """Set sizes by level, layers seen and target layer; those of one group of distances are moved together.
+    """Set sizes by level and layer; the thresholds of one group of distances are moved together.
 
-    step: experts that a group's sets grow by where a token missed all of them.
+    levels: those of the manifest. correction: by level and group, what thresholds are lower by, in log-odds.
+    step: log-odds that a group's thresholds fall by where a token missed all of them; 0 leaves them.
+    Raises CoverageUnknown where the version's sets have no thresholds.
     """
 
-    def __init__(self, coverage: Coverage, spec: RoutingSpec, *, step: float = STEP) -> None:
+    def __init__(self, speculator: Speculator, *, step: float = STEP) -> None:
         if not step >= 0:
             raise InputInvalid(
-                f"step is {step}, expected 0 or more.", remedy="0 leaves the tables as they are."
+                f"step is {step}, expected 0 or more.", remedy="0 leaves the thresholds as they are."
             )
-        if not coverage.levels:
+        coverage = speculator.manifest.coverage
+        if not coverage.levels or not coverage.thresholds:
             raise CoverageUnknown(
-                "This version has no coverage tables.", remedy="Ask for a number of experts instead."
+                f"{speculator.origin} has no thresholds that could be moved.",
+                remedy="Take a newer version, or export and publish this one again.",
             )
         self.levels = coverage.levels
-        self._experts, self._step = spec.num_experts, step
-        self._table = np.stack([_sizes(coverage, level, spec.num_layers) for level in self.levels])
-        self._group = groups(spec.num_layers)
-        self._phase = (np.arange(spec.num_layers) * SPREAD) % 1.0 if step else np.full(spec.num_layers, 0.5)
+        self._step = step
+        sets = [speculator.coverage_sets(level) for level in self.levels]
+        self._least = np.stack([s.least for s in sets])  # [level, layers seen, target layer]
+        self._threshold = np.stack([s.threshold for s in sets])
+        self._log_odds = _log_odds(self._threshold.astype(np.float64))
+        self._group = groups(speculator.spec.num_layers)
         self.correction: Float64[np.ndarray, "A G"] = np.zeros((len(self.levels), len(GROUP_BEGINS) + 1))
 
-    @property
-    def sizes(self) -> Int64[np.ndarray, "A L L"]:
-        """[level, layers seen, target layer]: experts to fetch, best first; 0 where the layer was seen.
+    def sizes(
+        self, probabilities: Float32[np.ndarray, "*B L E"], seen: int | Integer[np.ndarray, "*B"]
+    ) -> Int64[np.ndarray, "A *B L"]:
+        """How many first-ranked experts to fetch, by level and layer; 0 where the layer was seen."""
+        return sizes_of(self._least[:, seen], self.thresholds()[:, seen], probabilities[None])
 
-        A correction of half an expert makes half of the layers' sets larger by one.
+    def thresholds(self) -> Float32[np.ndarray, "A L L"]:
+        """[level, layers seen, target layer]: whoever is at least so probable is to be fetched."""
+        by_layer = self.correction[:, self._group]
+        moved = 1 / (1 + np.exp(np.minimum(by_layer - self._log_odds, 700.0)))
+        moved = np.where(by_layer >= LARGEST_LOG_ODDS, 0.0, moved)  # at the end, nobody is left out
+        # Untouched, they are the manifest's to the last bit; a layer that was seen has no set.
+        as_published = (by_layer == 0) | (self._least == 0)
+        return np.where(as_published, self._threshold, moved).astype(np.float32)
+
+    def observe(
+        self,
+        forecasts: Sequence[tuple[int, Float32[np.ndarray, "L E"]]],
+        routing: Integer[np.ndarray, "L K"],
+    ) -> None:
+        """Take in a finished token: thresholds are moved by what its sets would have missed.
+
+        forecasts: those that were made of it, each with the layers seen. routing: what it was routed to.
         """
-        moved = np.floor(self._table + self.correction[:, self._group] + self._phase).astype(np.int64)
-        return np.where(self._table > 0, moved.clip(1, self._experts), 0)
+        if not forecasts:
+            return
+        seen = np.array([number for number, _ in forecasts])
+        probabilities = np.stack([p for _, p in forecasts])
+        needed = needed_of(probabilities, routing[None].repeat(len(seen), 0))
+        self.move(seen, needed > self.sizes(probabilities, seen))
 
-    def observe(self, needed: Integer[np.ndarray, "L L"]) -> None:
-        """Take in a token: its sets' sizes are moved by what they would have missed.
-
-        needed: [layers seen, target layer] experts it took (`needed_of`); 0 where none was forecast.
-        """
-        forecast = (needed > 0) & (self._table[0] > 0)
-        missed = (needed > self.sizes) & forecast
-        group = self._group.ravel()
-        count = np.bincount(group, forecast.ravel(), self.correction.shape[1])
+    def move(self, seen: Int64[np.ndarray, "F"], missed: Bool[np.ndarray, "A F L"]) -> None:
+        """The same, where it is known which sets missed a routed expert; of layers seen: no matter."""
+        layers = np.arange(missed.shape[-1])
+        forecast = layers >= seen[:, None]
+        group = self._group[seen][forecast]
+        count = np.bincount(group, minlength=self.correction.shape[1])
         for row, level in enumerate(self.levels):
-            share = np.bincount(group, missed[row].ravel(), len(count)) / np.maximum(count, 1)
+            share = np.bincount(group, missed[row][forecast], len(count)) / np.maximum(count, 1)
             self.correction[row] += np.where(count > 0, self._step * (share - (1 - level)), 0.0)
         # Beyond it nothing would change, and the way back would take longer.
-        np.clip(self.correction, -self._experts, self._experts, out=self.correction)
+        np.clip(self.correction, -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS, out=self.correction)
 
 
 class BudgetThreshold:
@@ -146,9 +170,8 @@ def groups(num_layers: int) -> Int64[np.ndarray, "L L"]:
     return np.where(seen == 0, 0, later)
 
 
-def _sizes(coverage: Coverage, level: float, num_layers: int) -> Int64[np.ndarray, "L L"]:
-    sizes = np.zeros((num_layers, num_layers), np.int64)
-    for seen in range(num_layers):
-        for layer in range(seen, num_layers):
-            sizes[seen, layer] = coverage_size(coverage, level, layer, seen)
-    return sizes
+def _log_odds(p: Float64[np.ndarray, "*N"]) -> Float64[np.ndarray, "*N"]:
+    """Of probabilities; certainties end at a number that sums well."""
+    inside = np.clip(p, 1e-12, 1 - 1e-12)
+    odds: Float64[np.ndarray, "*N"] = np.log(inside / (1 - inside))
+    return odds

@@ -1,29 +1,71 @@
-"""How many experts to fetch so that with a given probability all the routed ones are among them.
+"""Which experts to fetch so that with a given probability all the routed ones are among them.
 
-The numbers were counted on validation routing and are in the manifest; here they are only looked up. The
-probability holds over the layers at a distance, not for each of them (`training.survey`).
+A level's set of a layer: the first-ranked experts, as many as the manifest says, and whoever is at least as
+probable as it says. So a sure forecast makes a small set, an unsure one a large one. Both numbers were found
+on validation routing (`training.survey`); here they are only looked up.
 
-    n = coverage_size(manifest.coverage, level=0.95, layer=7, seen=5)
+    sets = speculator.coverage_sets(0.95)
+    sizes = sets.sizes(probabilities, seen)     # how many of the ranked experts, by layer
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Float32, Int64, Integer
+
 from model_store.manifest import Coverage
 from speculation.errors import CoverageUnknown
 
+# More than any probability: nobody is in a set for it alone.
+NOBODY = 2.0
 
-def coverage_size(coverage: Coverage, level: float, layer: int, seen: int) -> int:
-    """Experts of `layer` to fetch when layers 0 .. seen - 1 of the token are known.
 
-    level: probability in (0, 1]; one that was not counted is answered by the next higher one that was, which
-    promises more. Raises CoverageUnknown.
+@dataclass(frozen=True, slots=True)
+class CoverageSets:
+    """The sets of one level, by layers seen and target layer.
+
+    least: first-ranked experts that are in it anyway; 0 where the layer was seen, which has no set.
+    threshold: whoever is at least so probable is in it, too.
     """
-    table = coverage.experts[_table(coverage, level)]
-    distance = _distance(len(table), layer, seen)
-    return table[layer][distance - 1]
+
+    least: Int64[np.ndarray, "L L"]
+    threshold: Float32[np.ndarray, "L L"]
+
+    def sizes(
+        self, probabilities: Float[np.ndarray, "*B L E"], seen: int | Integer[np.ndarray, "*B"]
+    ) -> Int64[np.ndarray, "*B L"]:
+        """How many first-ranked experts of each layer are its set. seen: layers seen, of each forecast."""
+        return sizes_of(self.least[seen], self.threshold[seen], probabilities)
 
 
-def _table(coverage: Coverage, level: float) -> int:
+def sizes_of(
+    least: Int64[np.ndarray, "*N"],
+    threshold: Float[np.ndarray, "*N"],
+    probabilities: Float[np.ndarray, "*N E"],
+) -> Int64[np.ndarray, "*N"]:
+    """How many first-ranked experts are in a set of at least so many, and of all that are so probable."""
+    probable = np.count_nonzero(probabilities >= threshold[..., None], axis=-1)
+    sizes: Int64[np.ndarray, "*N"] = np.maximum(least, probable)
+    return sizes
+
+
+def all_sets(coverage: Coverage, num_layers: int) -> tuple[CoverageSets, ...]:
+    """Those of every level, as the manifest has them."""
+    no_thresholds = [None] * len(coverage.levels)
+    return tuple(
+        _sets(experts, thresholds, num_layers)
+        for experts, thresholds in zip(coverage.experts, coverage.thresholds or no_thresholds, strict=True)
+    )
+
+
+def level_number(coverage: Coverage, level: float) -> int:
+    """Which of the manifest's levels answers this one: itself, or the next higher one, which promises more.
+
+    level: probability in (0, 1]. Raises CoverageUnknown.
+    """
     if not coverage.levels:
         raise CoverageUnknown(
             "This version has no coverage tables.", remedy="Ask for a number of experts instead."
@@ -38,15 +80,14 @@ def _table(coverage: Coverage, level: float) -> int:
     return min(enough)[1]
 
 
-def _distance(layers: int, layer: int, seen: int) -> int:
-    if not 0 <= layer < layers:
-        raise CoverageUnknown(
-            f"Layer {layer} was asked for, expected 0 to {layers - 1}.",
-            remedy="Count MoE layers only, from 0.",
-        )
-    if not 0 <= seen <= layer:
-        raise CoverageUnknown(
-            f"Layer {layer} was asked for with {seen} layers seen, expected 0 to {layer}.",
-            remedy="Ask for layers that were not seen yet.",
-        )
-    return layer - seen + 1
+def _sets(
+    experts: Sequence[Sequence[int]], thresholds: Sequence[Sequence[float]] | None, num_layers: int
+) -> CoverageSets:
+    least = np.zeros((num_layers, num_layers), np.int64)
+    threshold = np.full((num_layers, num_layers), NOBODY, np.float32)
+    for layer in range(num_layers):
+        # Distance d of layer l is with l + 1 - d layers seen.
+        least[layer::-1, layer] = experts[layer]
+        if thresholds is not None:
+            threshold[layer::-1, layer] = thresholds[layer]
+    return CoverageSets(least, threshold)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from jaxtyping import Bool, Float32, Int64, Integer
 
+from speculation.coverage import CoverageSets, sizes_of
 from speculation.ranking import rank
 from traces.spec import RoutingSpec
 
@@ -27,17 +28,17 @@ LAYERS, IN_K, IN_2K, FIRST = range(4)
 class LiveScores:
     """Counts by distance. Row 0 is the start of a token, row d a target d layers ahead of the last one seen.
 
-    sizes: coverage level -> [L, L] experts of a set by layers seen and target layer.
+    sets: by coverage level.
     """
 
-    def __init__(self, spec: RoutingSpec, sizes: Mapping[float, Int64[np.ndarray, "L L"]]) -> None:
+    def __init__(self, spec: RoutingSpec, sets: Mapping[float, CoverageSets]) -> None:
         rows = spec.num_layers
-        self._spec, self._sizes = spec, dict(sizes)
+        self._spec, self._sets = spec, dict(sets)
         self._numbers = np.arange(rows)
         self.tokens = 0
         self.forecasts = 0
         self._counts = np.zeros((rows, 4), np.int64)
-        self._covered = {level: np.zeros(rows, np.int64) for level in self._sizes}
+        self._covered = {level: np.zeros(rows, np.int64) for level in self._sets}
         self._in_bin = np.zeros((rows, BINS))
         self._expected = np.zeros((rows, BINS))
         self._routed = np.zeros((rows, BINS))
@@ -58,21 +59,31 @@ class LiveScores:
         experts, ranked = rank(p, spec.num_experts)
         found = truth[layer[:, None] * spec.num_experts + experts]  # best first
         distance = np.where(seen, layer - seen + 1, 0)
-        self._count_found(distance, seen, layer, found)
+        self._count_found(distance, found)
+        self._count_covered(distance, seen, layer, ranked, found)
         self._count_calibration(distance, ranked[:, : 2 * spec.top_k], found)
         self.tokens += 1
         self.forecasts += len(forecasts)
 
-    def _count_found(self, distance: Rows, seen: Rows, layer: Rows, found: Bool[np.ndarray, "R E"]) -> None:
+    def _count_found(self, distance: Rows, found: Bool[np.ndarray, "R E"]) -> None:
         top_k = self._spec.top_k
         ones = np.ones(len(found), np.int64)
         columns = (ones, found[:, :top_k].sum(1), found[:, : 2 * top_k].sum(1), found[:, 0])
         for column, values in enumerate(columns):
             self._counts[:, column] += np.bincount(distance, values, len(self._counts)).astype(np.int64)
+
+    def _count_covered(
+        self,
+        distance: Rows,
+        seen: Rows,
+        layer: Rows,
+        ranked: Float32[np.ndarray, "R E"],
+        found: Bool[np.ndarray, "R E"],
+    ) -> None:
         # Rank of the routed expert that was ranked last: a set that is at least so large holds all of them.
         needed = found.shape[1] - np.argmax(found[:, ::-1], axis=1)
-        for level, sizes in self._sizes.items():
-            held = needed <= sizes[seen, layer]
+        for level, sets in self._sets.items():
+            held = needed <= sizes_of(sets.least[seen, layer], sets.threshold[seen, layer], ranked)
             self._covered[level] += np.bincount(distance, held, len(self._counts)).astype(np.int64)
 
     def _count_calibration(

@@ -16,6 +16,7 @@ from jaxtyping import Float32, Int32, Int64
 
 from model_store.manifest import ADVANCE, BEGIN, OUTLOOK, PREDICT, STEP, GraphName, Manifest, StateTensor
 from model_store.store import Store, StoredVersion, open_store
+from speculation.coverage import CoverageSets, all_sets, level_number
 from speculation.errors import InputInvalid, OutlookUnknown
 from speculation.golden import check_golden
 from speculation.inputs import FLOAT32, INT32, INT64, check_array, check_experts, check_gates, check_hidden
@@ -69,7 +70,15 @@ class Speculator:
             self.graphs[name] = Graph(session, origin, signature)
         self._predict, self._advance = self.graphs[PREDICT], self.graphs[ADVANCE]
         self._state = [(t.name, np.dtype(t.dtype), t.shape) for t in self.manifest.state]
+        self._sets = all_sets(self.manifest.coverage, self.spec.num_layers)
         self._defaults = {batch: self._absent(batch) for batch in range(1, LARGEST_KEPT_BATCH + 1)}
+
+    def coverage_sets(self, level: float) -> CoverageSets:
+        """Which experts to fetch so that all routed ones are among them, with a probability in (0, 1].
+
+        A level that the manifest lacks is answered by the next higher one. Raises CoverageUnknown.
+        """
+        return self._sets[level_number(self.manifest.coverage, level)]
 
     def initial_state(self, batch: int) -> State:
         """The state of `batch` sequences of which nothing has happened yet: zeros."""

@@ -16,7 +16,6 @@ import numpy as np
 from jaxtyping import Float32, Int32
 from numpy.typing import ArrayLike
 
-from speculation.coverage import coverage_size
 from speculation.errors import InputInvalid
 from speculation.ranking import expected_recall, rank
 from speculation.runtime import Speculator
@@ -99,18 +98,26 @@ class Sequence:
         """What the layers not seen yet will need.
 
         top_n: experts of each layer (None: as many as are routed). coverage: instead, as many as hold all the
-        routed ones with this probability. layers: which layers not seen yet (None: all of them).
-        Raises InputInvalid, CoverageUnknown.
+        routed ones with this probability: fewer where the forecast is sure. layers: which layers not seen yet
+        (None: all of them). Raises InputInvalid, CoverageUnknown.
         """
         self._check_started()
         wanted = self._unseen(layers)
         if not wanted:
             return []
-        sizes = self._sizes(wanted, top_n, coverage)
+        if coverage is not None and top_n is not None:
+            raise InputInvalid(
+                f"Both top_n {top_n} and coverage {coverage} were given.", remedy="Give one of them."
+            )
         probabilities = self._speculator.predict(
             self._state, self._token_ids, self._experts, self._gates, self._hidden
-        )
-        experts, ranked = rank(probabilities[0].take(wanted, axis=0), max(sizes))
+        )[0]
+        if coverage is None:
+            sizes = [self._spec.top_k if top_n is None else top_n] * len(wanted)
+        else:
+            sets = self._speculator.coverage_sets(coverage)
+            sizes = sets.sizes(probabilities, self._seen)[wanted].tolist()
+        experts, ranked = rank(probabilities.take(wanted, axis=0), max(sizes))
         listed = np.arange(max(sizes)) < np.array(sizes)[:, None]  # [layers, n]
         recalls = expected_recall(np.where(listed, ranked, 0.0), self._spec.top_k).tolist()
         return [
@@ -180,13 +187,3 @@ class Sequence:
                 remedy="Ask for layers of this token that were not seen yet.",
             )
         return wanted
-
-    def _sizes(self, layers: list[int], top_n: int | None, coverage: float | None) -> list[int]:
-        if coverage is None:
-            return [self._spec.top_k if top_n is None else top_n] * len(layers)
-        if top_n is not None:
-            raise InputInvalid(
-                f"Both top_n {top_n} and coverage {coverage} were given.", remedy="Give one of them."
-            )
-        tables = self._speculator.manifest.coverage
-        return [coverage_size(tables, coverage, layer, self._seen) for layer in layers]

@@ -44,6 +44,8 @@ OPSET = 20
 # The newest format that the oldest supported ONNX Runtime reads.
 IR_VERSION = 10
 LEVELS = (0.9, 0.95, 0.99)
+# Some of what it forecasts is above, so that sets differ in size.
+THRESHOLDS = (0.5, 0.4, 0.3)
 
 
 def toy_version(
@@ -135,6 +137,9 @@ def _fields(spec: RoutingSpec) -> dict[str, Any]:
             experts=tuple(
                 tuple(tuple(min(experts, n + extra) for n in row) for row in table)
                 for extra in range(len(LEVELS))
+            ),
+            thresholds=tuple(
+                tuple((threshold,) * (layer + 1) for layer in range(layers)) for threshold in THRESHOLDS
             ),
         ),
         "golden": ((0.0,) * experts,) * layers,

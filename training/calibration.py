@@ -56,9 +56,16 @@ class Calibration(nn.Module):
         """How much further down the tables are where a hidden state is told."""
         return hidden_told.int() * (2 * (self.num_layers + 1))
 
+    def first_row_of(self, token_known: bool, *, hidden_told: bool) -> int:
+        """Where the tables begin, with or without an id and a hidden state."""
+        return (token_known + 2 * hidden_told) * (self.num_layers + 1)
+
     def forward(self, logits: Float[Tensor, "B L E"], row: Int32[Tensor, "B"]) -> Float[Tensor, "B L E"]:
         """Probabilities. row: `first_row` plus the number of layers seen, and `first_row_told`."""
-        logits = levelled(logits, self.top_k)
+        return self.of_levelled(levelled(logits, self.top_k), row)
+
+    def of_levelled(self, logits: Float[Tensor, "B L E"], row: Int32[Tensor, "B"]) -> Float[Tensor, "B L E"]:
+        """The same, from logits each of which is that of a probability (`levelled`)."""
         below, more, bias = (
             table[..., None].index_select(0, row)
             for table in (self.below, self.above - self.below, self.bias)
@@ -69,7 +76,7 @@ class Calibration(nn.Module):
         self, token_known: bool, fitted: Float32[np.ndarray, "S 3 L"], *, hidden_told: bool = False
     ) -> None:
         """Take in what `fit` found for forecasts with, or without, a token id and a hidden state."""
-        first = (token_known + 2 * hidden_told) * (self.num_layers + 1)
+        first = self.first_row_of(token_known, hidden_told=hidden_told)
         for number, table in enumerate((self.below, self.above, self.bias)):
             table[first : first + len(fitted)] = torch.from_numpy(fitted[:, number])
 

@@ -13,7 +13,17 @@ import numpy as np
 import torch
 
 from model_store.documents import complete, written
-from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, Draft, GraphName, Lineage, Predictor
+from model_store.manifest import (
+    ADVANCE,
+    BEGIN,
+    PREDICT,
+    STEP,
+    Coverage,
+    Draft,
+    GraphName,
+    Lineage,
+    Predictor,
+)
 from model_store.store import StoredVersion
 from speculation.golden import golden_probabilities
 from speculation.publishing import DRAFT
@@ -56,7 +66,8 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     predictor.settle(blocks)
     calibration, found = calibrated(predictor, blocks, progress=progress)
     functions = kind_of(run.predictor_config).served(predictor, calibration)
-    exact = _assembled(run, predictor, functions, found, seconds)
+    row = calibration.first_row_of(True, hidden_told=bool(predictor.hidden_size))
+    exact = _assembled(run, predictor, functions, coverage(found, calibration, row), seconds)
     check_parity(functions, exact, trace)
     check_trained(predictor, calibration, blocks, exact, trace)
     stored = replace(
@@ -128,7 +139,7 @@ def _calibrate(
 
 
 def _assembled(
-    run: Run, predictor: TrainedPredictor, functions: Served, found: Survey, seconds: float
+    run: Run, predictor: TrainedPredictor, functions: Served, covering: Coverage, seconds: float
 ) -> StoredVersion:
     """Graphs and manifest as a store would hold them, before golden values and metrics are known."""
     graphs = {
@@ -155,7 +166,7 @@ def _assembled(
         hidden_size=functions.hidden_size,
         opset=OPSET,
         metrics={},
-        coverage=coverage(found),
+        coverage=covering,
         golden=((0.0,) * run.spec.num_experts,) * run.spec.num_layers,
         lineage=Lineage(
             traces=run.sources,

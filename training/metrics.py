@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from model_store.manifest import Coverage
+from speculation.coverage import CoverageSets, all_sets, sizes_of
 from traces.spec import RoutingSpec
 from training.errors import EvaluationError
 from training.ranked import Ranked
@@ -33,14 +34,15 @@ class Metrics:
     """Adds up how forecasts did, for every number of seen layers and every target layer.
 
     probabilities: whether scores are probabilities; only then is there an ECE, a Brier score and a coverage.
-    coverage: how many experts make a set, as in a version's manifest; without it no coverage is scored.
+    coverage: which experts make a set, as in a version's manifest; without it no coverage is scored.
     """
 
     def __init__(
         self, spec: RoutingSpec, *, coverage: Coverage | None = None, probabilities: bool = True
     ) -> None:
         self.spec = spec
-        self._coverage = coverage if probabilities else None
+        self._levels = coverage.levels if coverage and probabilities else ()
+        self._sets = all_sets(coverage, spec.num_layers) if coverage and probabilities else ()
         self._probabilities = probabilities
         self._sums: list[Sums] = [{} for _ in range(spec.num_layers)]  # by seen; arrays [L - seen, ...]
 
@@ -51,8 +53,8 @@ class Metrics:
             sums |= _sum_gates(ranked.gate_shares, ranked.best_position, self.spec.top_k)
         if self._probabilities:
             sums |= _sum_probabilities(ranked, self.spec.top_k)
-        if self._coverage is not None:
-            sums |= _sum_coverage(ranked, seen, self._coverage)
+        if self._sets:
+            sums |= _sum_coverage(ranked, seen, self._sets)
         self._sums[seen] = _total([self._sums[seen], sums])
 
     def distances(self) -> dict[str, dict[str, Any]]:
@@ -98,7 +100,7 @@ class Metrics:
         return pooled
 
     def _scores(self, sums: Sums) -> dict[str, Any]:
-        return _scores(sums, self.spec, () if self._coverage is None else self._coverage.levels)
+        return _scores(sums, self.spec, self._levels)
 
 
 def distance_name(layer: int, seen: int) -> str:
@@ -165,18 +167,13 @@ def _sum_probabilities(ranked: Ranked, top_k: int) -> Sums:
     }
 
 
-def _sum_coverage(ranked: Ranked, seen: int, coverage: Coverage) -> Sums:
-    tokens, layers, experts = ranked.routed.shape
-    needed = experts - ranked.routed[..., ::-1].argmax(axis=-1)  # rank of the last routed expert, from 1
-    sizes = np.array(
-        [
-            [table[layer][layer - seen] for table in coverage.experts]  # distance - 1 = layer - seen
-            for layer in range(seen, seen + layers)
-        ]
-    )  # R levels
+def _sum_coverage(ranked: Ranked, seen: int, sets: Sequence[CoverageSets]) -> Sums:
+    # Rank, from 1, of the routed expert that was ranked last.
+    needed = ranked.routed.shape[-1] - ranked.routed[..., ::-1].argmax(axis=-1)
+    sizes = [sizes_of(s.least[seen, seen:], s.threshold[seen, seen:], ranked.scores) for s in sets]
     return {
-        "covered": np.count_nonzero(needed[..., None] <= sizes, axis=0),
-        "set_size": sizes * tokens,
+        "covered": np.stack([np.count_nonzero(needed <= size, axis=0) for size in sizes], axis=1),
+        "set_size": np.stack([size.sum(axis=0) for size in sizes], axis=1),
     }
 
 

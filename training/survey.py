@@ -5,17 +5,17 @@ trained predictor + validation split -> survey -> calibration tables, coverage t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
+from decimal import ROUND_FLOOR, localcontext
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float16, Int16, Int64
+from jaxtyping import Bool, Float, Float16, Int16
 from torch import Tensor
 from tqdm import tqdm
 
 from model_store.manifest import Coverage
-from training.calibration import levelled
+from training.calibration import Calibration, levelled
 from training.examples import Batch, Examples
 from training.predictors.predictor import Predictor
 
@@ -72,51 +72,44 @@ def survey(
     return Survey(*(np.concatenate(column) for column in zip(*parts, strict=True)))
 
 
-def coverage(found: Survey) -> Coverage:
-    """How many experts cover all routed ones with each level's probability, by layer and distance.
+@torch.no_grad()
+def coverage(found: Survey, calibration: Calibration, row: int) -> Coverage:
+    """Which experts cover all routed ones with each level's probability, by layer and distance.
 
-    Split conformal prediction (Vovk et al. 2005) over the layers at a distance, and over those of a token's
-    start: see `_sizes`.
+    Split conformal prediction (Vovk et al. 2005). A token's score is the calibrated probability of the routed
+    expert that is least probable: whoever is at least as probable as the level's quantile of them is in the
+    set, and the K first-ranked experts anyway. row: of the calibration tables, where that survey's begin.
     """
-    num_layers = found.needed.shape[1]
-    sizes = [np.zeros((num_layers, num_layers), int) for _ in LEVELS]  # layers seen, target layer
-    for cells in _alike(num_layers):
-        for table, level in zip(sizes, LEVELS, strict=True):
-            table[cells] = _sizes(found.needed[:, *cells], level)
+    num_layers, top_k = found.needed.shape[1], calibration.top_k
+    thresholds = np.zeros((len(LEVELS), num_layers, num_layers))  # layers seen, target layer
+    for seen in range(num_layers):
+        logits = torch.from_numpy(found.logits[:, seen]).float()
+        rows = torch.full((len(logits),), row + seen, dtype=torch.int32)
+        probabilities = calibration.of_levelled(logits, rows).numpy()
+        least = np.where(found.targets, probabilities, 2.0).min(axis=-1)  # N L
+        least[found.needed[:, seen] <= top_k] = 1.0  # covered by the first-ranked alone
+        for number, level in enumerate(LEVELS):
+            thresholds[number, seen] = _quantile(least, level)
     # Distance d of layer l is with l + 1 - d layers seen.
     tables = tuple(
-        tuple(tuple(int(n) for n in table[layer::-1, layer]) for layer in range(num_layers))
-        for table in sizes
+        tuple(tuple(map(_rounded_down, table[layer::-1, layer])) for layer in range(num_layers))
+        for table in thresholds
     )
-    return Coverage(levels=LEVELS, experts=tables)
+    first = tuple(tuple((top_k,) * (layer + 1) for layer in range(num_layers)) for _ in LEVELS)
+    return Coverage(levels=LEVELS, experts=first, thresholds=tables)
 
 
-def _alike(num_layers: int) -> Iterator[tuple[Int64[np.ndarray, "C"], Int64[np.ndarray, "C"]]]:
-    """(layers seen, target layer) of those that are covered together: a token's start, each distance."""
-    yield np.zeros(num_layers, int), np.arange(num_layers)
-    for distance in range(1, num_layers):
-        seen = np.arange(1, num_layers + 1 - distance)
-        yield seen, seen + distance - 1
+def _quantile(scores: Float[np.ndarray, "N L"], level: float) -> Float[np.ndarray, "L"]:
+    """What ceil((N + 1) level) of N scores reach, so that the level holds for a further token, too."""
+    must = min(int(np.ceil((len(scores) + 1) * level)), len(scores))
+    reached: Float[np.ndarray, "L"] = np.sort(scores, axis=0)[len(scores) - must]
+    return reached
 
 
-def _sizes(needed: Int16[np.ndarray, "N C"], level: float) -> list[int]:
-    """A size for each of C layers, so that the layers together are covered with the level's probability.
-
-    Of N tokens, ceil((N + 1) level) must be covered, so that the level holds for a further token of the same
-    kind. Whole numbers of experts overshoot, at 90 % by two points in one layer: where the layers before
-    have covered that many tokens more than they must, a layer gets one expert fewer.
-    """
-    chosen, ahead = [], 0
-    for layer in needed.T:
-        ordered = np.sort(layer)
-        must = min(int(np.ceil((len(layer) + 1) * level)), len(layer))
-        size = int(ordered[must - 1])
-        fewer = int(np.searchsorted(ordered, size - 1, side="right"))
-        if ahead + fewer >= must:
-            size -= 1
-        ahead += int(np.searchsorted(ordered, size, side="right")) - must
-        chosen.append(size)
-    return chosen
+def _rounded_down(threshold: float) -> float:
+    """To four digits; down, so that nobody falls out of a set for it."""
+    with localcontext(prec=4, rounding=ROUND_FLOOR) as context:
+        return float(context.create_decimal(float(threshold)))
 
 
 def _spread(blocks: Examples[Batch]) -> np.ndarray:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, UInt16
+from jaxtyping import Float32, Integer
 
 from service.answers import DEFAULT_TOP_K_MULTIPLE
 from service.errors import MessageInvalid
@@ -30,16 +30,8 @@ class Forecasts:
         self._hello = hello
         self._spec = running.speculator.spec
         _check(hello, running)
-        top_n = hello.top_n or min(self._spec.num_experts, DEFAULT_TOP_K_MULTIPLE * self._spec.top_k)
-        layers = self._spec.num_layers
-        sizes = (
-            np.full((layers, layers), top_n)
-            if hello.coverage is None
-            else running.coverage_sizes(hello.coverage)
-        )
-        # By layers seen: the sizes of the layers a forecast is of, and the largest.
-        ahead = [sizes[seen, seen : self._end(seen)].astype(np.uint16) for seen in range(layers)]
-        self._sizes = [(of_layers, int(of_layers.max())) for of_layers in ahead]
+        self._top_n = hello.top_n or min(self._spec.num_experts, DEFAULT_TOP_K_MULTIPLE * self._spec.top_k)
+        self._sets = None if hello.coverage is None else running.speculator.coverage_sets(hello.coverage)
 
     def rankings(
         self,
@@ -50,18 +42,27 @@ class Forecasts:
         probabilities: Float32[np.ndarray, "n L E"],
     ) -> Iterator[tuple[Kind, Ranking]]:
         """A forecast, a union, or both."""
-        ahead = probabilities[:, due.seen : self._end(due.seen)]
-        sizes, width = self._sizes[due.seen]
+        layers = slice(due.seen, self._end(due.seen))
+        ahead = probabilities[:, layers]
+        sizes = self._sizes(probabilities, due.seen, layers)
+        width = int(sizes.max())
         experts, ranked = rank(ahead, width)
         head = (due.tag, due.seen, dropped, names, tokens)
         if self._hello.per_sequence:
             yield Kind.FORECAST, Ranking(*head, experts, ranked, sizes)
         if self._hello.union:
             demand = union_demand(ahead)
-            if self._hello.coverage is None:
-                yield Kind.UNION, Ranking(*head, *rank(demand, width), sizes)
+            if self._sets is None:
+                yield Kind.UNION, Ranking(*head, *rank(demand, width), sizes[0])
             else:
                 yield Kind.UNION, Ranking(*head, *_covering(demand, experts, sizes))
+
+    def _sizes(
+        self, probabilities: Float32[np.ndarray, "n L E"], seen: int, layers: slice
+    ) -> Integer[np.ndarray, "n m"]:
+        if self._sets is not None:
+            return self._sets.sizes(probabilities, seen)[:, layers]
+        return np.full((len(probabilities), layers.stop - layers.start), self._top_n)
 
     def _end(self, seen: int) -> int:
         ahead = self._hello.ahead
@@ -69,12 +70,14 @@ class Forecasts:
 
 
 def _covering(
-    demand: Float32[np.ndarray, "m E"], experts: np.ndarray, sizes: UInt16[np.ndarray, "m"]
+    demand: Float32[np.ndarray, "m E"],
+    experts: Integer[np.ndarray, "n m w"],
+    sizes: Integer[np.ndarray, "n m"],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(experts, probabilities, sizes) of every expert that is in some sequence's set, by demand."""
-    listed = np.arange(experts.shape[-1]) < sizes[:, None]  # [m, w]
+    listed = np.arange(experts.shape[-1]) < sizes[..., None]  # [n, m, w]
     members = np.zeros((len(experts), *demand.shape), bool)
-    np.put_along_axis(members, experts.astype(np.int64), np.broadcast_to(listed, experts.shape), axis=-1)
+    np.put_along_axis(members, experts.astype(np.int64), listed, axis=-1)
     chosen = members.any(axis=0)  # [m, E]
     union_sizes = chosen.sum(axis=-1)
     # An expert in no set has no chance here, so that it ranks behind those that are.

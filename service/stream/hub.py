@@ -27,6 +27,7 @@ from service.settings import Settings
 from service.stream.awake import Awake
 from service.stream.history import History
 from service.stream.scoring import Scoring
+from speculation.coverage import CoverageSets
 from speculation.live import LiveScores
 from speculation.slots import Slots
 from speculation.steps import Steps
@@ -86,7 +87,7 @@ class Hub:
         capacity = settings.max_stream_sequences
         self.slots = Slots(Steps(running.speculator), capacity)
         self._spec = running.speculator.spec
-        self.scores = LiveScores(self._spec, _coverage_sizes(running))
+        self.scores = LiveScores(self._spec, _coverage_sets(running))
         self._owner: list[Client | None] = [None] * capacity
         self._waits: list[Due | None] = [None] * capacity
         self._dues: deque[Due] = deque()
@@ -327,5 +328,6 @@ class Hub:
         )
 
 
-def _coverage_sizes(running: Running) -> dict[float, Int64[np.ndarray, "L L"]]:
-    return {level: running.coverage_sizes(level) for level in running.speculator.manifest.coverage.levels}
+def _coverage_sets(running: Running) -> dict[float, CoverageSets]:
+    speculator = running.speculator
+    return {level: speculator.coverage_sets(level) for level in speculator.manifest.coverage.levels}

@@ -49,6 +49,8 @@ def test_aliases_are_read_as_they_were_written(aliases):
 
 SPEC = {"model": "toy", "num_layers": 4, "num_experts": 8, "top_k": 2}
 STATE = {"name": "average", "dtype": "float32", "shape": [4, 8]}
+# One expert, for every layer and distance.
+FIRST_ONE = [[[1] * (layer + 1) for layer in range(4)]]
 TENSOR = {"name": "told", "dtype": "float32", "shape": [3]}
 
 
@@ -87,6 +89,22 @@ TENSOR = {"name": "told", "dtype": "float32", "shape": [3]}
         ({"coverage": {"levels": [0.9], "experts": []}}, "coverage has 0 tables for 1 levels"),
         ({"coverage": {"levels": [0.9], "experts": [[[1], [1]]]}}, "layer 1 has 1 distances, expected 2"),
         ({"coverage": {"levels": [0.9], "experts": [[[1]]]}}, "coverage at 0.9 must have 4 layers"),
+        (
+            {"coverage": {"levels": [0.9], "experts": FIRST_ONE, "thresholds": FIRST_ONE * 2}},
+            "coverage has 2 tables of thresholds for 1 levels",
+        ),
+        (
+            {"coverage": {"levels": [0.9], "experts": FIRST_ONE, "thresholds": [[[0.5], [0.5]]]}},
+            "layer 1 has 1 distances, expected 2",
+        ),
+        (
+            {"coverage": {"levels": [0.9], "experts": FIRST_ONE, "thresholds": [[[0.5]]]}},
+            "coverage's thresholds must have 4 layers",
+        ),
+        (
+            {"coverage": {"levels": [0.9], "experts": FIRST_ONE, "thresholds": [[[2.0]]]}},
+            "coverage.thresholds.0.0.0: Input should be less than or equal to 1, came 2",
+        ),
         ({"files": {}}, "files lacks advance.onnx, predict.onnx"),
         ({"files": {"../x": {"sha256": "0" * 64, "bytes": 1}}}, "files.../x"),
         ({"created": "yesterday"}, "created: .*came 'yesterday'"),

@@ -13,7 +13,6 @@ import httpx
 import numpy as np
 import pytest
 
-from speculation.coverage import coverage_size
 from speculation.runtime import Speculator, load_speculator
 from tests.service.in_process import FINISHED, predict
 from tests.toy_version import TOY_SPEC
@@ -118,14 +117,16 @@ async def test_twice_the_routed_experts_are_listed_where_nothing_else_is_asked(
     assert {len(entry["experts"]) for entry in layers} == {2 * TOP_K}
 
 
-async def test_coverage_lists_as_many_experts_as_the_versions_table_says(
+async def test_coverage_lists_the_first_ranked_and_all_that_are_probable(
     client: httpx.AsyncClient, speculator: Speculator
 ) -> None:
     answers = (await predict(client, START, MIDDLE, coverage=0.93))["predictions"]
     for sequence, layers in zip((START, MIDDLE), answers, strict=True):
         seen = len(sequence.get("experts", []))
+        sizes = speculator.coverage_sets(0.93).sizes(reference(speculator, sequence), seen)
+        assert sizes.any()
         for entry in layers:
-            size = coverage_size(speculator.manifest.coverage, 0.93, entry["layer"], seen)
+            size = sizes[entry["layer"]]
             assert len(entry["experts"]) == len(entry["probabilities"]) == size
             shortened = min(1.0, sum(entry["probabilities"]) / TOP_K)
             assert entry["expected_recall"] == pytest.approx(shortened, abs=1e-5)

@@ -9,15 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from speculation.coverage import CoverageSets
 from speculation.live import BINS, LiveScores
 from tests.speculation.toy_routing import routed
 from tests.toy_version import TOY_SPEC
 
 LAYERS, EXPERTS, K = TOY_SPEC.num_layers, TOY_SPEC.num_experts, TOY_SPEC.top_k
 LEVELS = (0.5, 0.9)
-# [seen, layer]: a set of any size will do.
-SIZES = {
-    level: np.random.default_rng(number).integers(K, EXPERTS + 1, (LAYERS, LAYERS))
+SETS = {
+    level: CoverageSets(
+        np.random.default_rng(number).integers(K, EXPERTS + 1, (LAYERS, LAYERS)),
+        np.random.default_rng(number).random((LAYERS, LAYERS), np.float32),
+    )
     for number, level in enumerate(LEVELS)
 }
 Forecast = tuple[int, np.ndarray[Any, Any]]
@@ -45,7 +48,9 @@ def naive_scores(targets: list[tuple[int, int, np.ndarray[Any, Any], set[int]]])
         in_2k += len(truth & set(order[: 2 * K]))
         first += order[0] in truth
         for level in LEVELS:
-            covered[level] += truth <= set(order[: SIZES[level][seen, layer]])
+            sets = SETS[level]
+            probable = [expert for expert in order if p[expert] >= sets.threshold[seen, layer]]
+            covered[level] += truth <= {*order[: sets.least[seen, layer]], *probable}
         for expert in order[: 2 * K]:
             gaps[min(int(p[expert] * BINS), BINS - 1)] += float(p[expert]) - (expert in truth)
             listed += 1
@@ -78,7 +83,7 @@ token = st.tuples(
 @settings(deadline=None, max_examples=50)
 @given(st.lists(token, min_size=1, max_size=5))
 def test_scores_are_what_plain_loops_count(tokens: list[tuple[int, list[int]]]) -> None:
-    scores = LiveScores(TOY_SPEC, SIZES)
+    scores = LiveScores(TOY_SPEC, SETS)
     made = [made_up(*token) for token in tokens]
     for forecasts, routing in made:
         scores.add(forecasts, routing)
@@ -94,7 +99,7 @@ def test_a_perfect_forecast_scores_1_and_has_no_gap() -> None:
     _, experts, _ = routed(1, 1, TOY_SPEC, seen=LAYERS)
     certain = np.zeros((LAYERS, EXPERTS), np.float32)
     np.put_along_axis(certain, experts[0].astype(np.int64), 1.0, axis=1)
-    scores = LiveScores(TOY_SPEC, SIZES)
+    scores = LiveScores(TOY_SPEC, SETS)
     scores.add([(seen, certain) for seen in range(LAYERS)], experts[0])
     for counted in scores.report().values():
         assert (counted["recall_at_k"], counted["recall_at_2k"], counted["hit_at_1"]) == (1.0, 1.0, 1.0)

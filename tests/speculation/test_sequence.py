@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from speculation.coverage import coverage_size
 from speculation.errors import CoverageUnknown, InputInvalid
 from speculation.ranking import expected_recall, rank
 from speculation.runtime import Speculator
@@ -82,11 +81,14 @@ def test_as_many_experts_as_are_routed_unless_more_are_wanted(sequence):
     assert [len(f.experts) for f in sequence.forecast(top_n=8)] == [8, 8]
 
 
-def test_coverage_lists_as_many_as_its_table_says(sequence):
-    tables = SPECULATOR.manifest.coverage
-    for forecast in sequence.forecast(coverage=0.95):
-        n = coverage_size(tables, 0.95, forecast.layer, 2)
-        assert len(forecast.experts) == len(forecast.probabilities) == n
+def test_coverage_lists_those_of_the_set(sequence):
+    sets = SPECULATOR.coverage_sets(0.95)
+    everything = sequence.forecast(top_n=TOY_SPEC.num_experts)
+    for forecast, whole in zip(sequence.forecast(coverage=0.95), everything, strict=True):
+        probable = np.count_nonzero(whole.probabilities >= sets.threshold[2, forecast.layer])
+        n = max(sets.least[2, forecast.layer], probable)
+        assert forecast.experts.tolist() == whole.experts[:n].tolist()
+        assert len(forecast.probabilities) == n
         expected = expected_recall(forecast.probabilities, TOY_SPEC.top_k)
         assert forecast.expected_recall == pytest.approx(float(expected))
 

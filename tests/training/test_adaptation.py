@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from model_store.manifest import Coverage
 from speculation.runtime import Speculator
 from tests.toy_version import toy_stored
-from tests.training.toy_routing import SPEC, toy_trace
-from training.adaptation import ALL, adaptation_report, adapted, needs, shares
+from tests.training.toy_routing import toy_trace
+from training import adaptation
+from training.adaptation import ALL, Told, adaptation_report, adapted, shares, told
 from training.evaluate import score_version
 
 TRACE = toy_trace((300, 200), seed=4)
@@ -19,12 +19,13 @@ def speculator() -> Speculator:
 
 
 @pytest.mark.parametrize("every", [1, 3])
-def test_published_sizes_cover_what_metrics_count(speculator: Speculator, every: int) -> None:
-    found = needs(speculator, TRACE, every=every)
-    covered, _ = adapted(found, speculator.manifest.coverage, SPEC, step=0.0)
-    scored = score_version(speculator, TRACE, every=every).distances()
+def test_published_sets_cover_what_metrics_count(speculator: Speculator, every: int) -> None:
+    found = told(speculator, TRACE, every=every)
+    covered, sizes = adapted(found, speculator, step=0.0)
+    scored = score_version(speculator, TRACE, every=every).distances()["start"]["coverage"]
     for row, level in enumerate(("0.9", "0.95", "0.99")):
-        assert covered[:, row, 0].mean() == pytest.approx(scored["start"]["coverage"][level]["covered"])
+        assert covered[:, row, 0].mean() == pytest.approx(scored[level]["covered"])
+        assert sizes[:, row, 0].mean() == pytest.approx(scored[level]["mean_set_size"])
 
 
 def test_with_adaptation_the_levels_hold_where_the_tables_do_not(speculator: Speculator) -> None:
@@ -46,11 +47,20 @@ def test_domains_add_up_to_all(speculator: Speculator) -> None:
 
 
 def test_sets_do_not_depend_on_what_comes_later(speculator: Speculator) -> None:
-    found = needs(speculator, TRACE)
-    coverage: Coverage = speculator.manifest.coverage
-    _, whole = adapted(found, coverage, SPEC)
-    _, part = adapted(found[:100], coverage, SPEC)
+    found = told(speculator, TRACE)
+    _, whole = adapted(found, speculator)
+    _, part = adapted(Told(found.scores[:100], found.needed[:100], found.rows[:100]), speculator)
     assert np.array_equal(whole[:100], part)
+
+
+def test_long_traces_are_told_of_fewer_tokens(
+    monkeypatch: pytest.MonkeyPatch, speculator: Speculator
+) -> None:
+    whole = told(speculator, TRACE)
+    monkeypatch.setattr(adaptation, "MAX_BYTES", whole.scores.nbytes // 2)
+    fewer = told(speculator, TRACE)
+    assert fewer.rows.tolist() == list(range(0, TRACE.num_tokens, 2))
+    assert np.array_equal(fewer.needed, whole.needed[::2])
 
 
 def test_shares_are_over_forecasts_alone() -> None:

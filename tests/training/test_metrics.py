@@ -23,6 +23,7 @@ SPEC = RoutingSpec("toy", 3, 6, 2)
 COVERAGE = Coverage(
     levels=(0.9, 0.99),
     experts=(((2,), (2, 3), (2, 3, 4)), ((4,), (5, 5), (5, 6, 6))),
+    thresholds=(((0.5,), (0.6, 0.4), (0.5, 0.5, 0.3)), ((0.3,), (0.2, 0.3), (0.1, 0.3, 0.2))),
 )
 
 
@@ -73,7 +74,8 @@ def naive(seed: int, cells: list[tuple[int, int]]) -> dict[str, Any]:
             }
             row |= {f"top {n}": best in ranking[:n] for n in (1, 3, 5, 10)}
             for i, level in enumerate(COVERAGE.levels):
-                size = COVERAGE.experts[i][layer][layer - seen]
+                threshold = np.float32(COVERAGE.thresholds[i][layer][layer - seen])
+                size = max(COVERAGE.experts[i][layer][layer - seen], int((p >= threshold).sum()))
                 row |= {f"covered {level}": set(routed) <= set(ranking[:size]), f"size {level}": size}
             rows.append(row)
     return {name: float(np.mean([row[name] for row in rows])) for name in rows[0]} | {"pairs": pairs}

@@ -176,7 +176,8 @@ class Protocol:
         if coverage:
             tables = self.speculator.manifest.coverage
             level = next(i for i, level in enumerate(tables.levels) if level >= coverage)
-            return _best(p, tables.experts[level][layer][layer - seen])
+            threshold = np.float32(tables.thresholds[level][layer][layer - seen])
+            return _best(p, max(tables.experts[level][layer][layer - seen], int((p >= threshold).sum())))
         return _best(p, self.hello.get("top_n") or min(2 * self.spec.top_k, self.spec.num_experts))
 
 
