@@ -463,18 +463,19 @@ class Life:
         for row, (name, token) in enumerate(zip(forecast["names"], forecast["tokens"], strict=True)):
             told = self._ever[name].tokens[token]
             self._unchecked.append(
-                (told, seen, forecast["experts"][row], forecast["probabilities"][row], sizes)
+                (told, seen, forecast["experts"][row], forecast["probabilities"][row], sizes[row])
             )
 
     def _check_sizes(self, seen: int, sizes: Array) -> None:
+        """sizes: [n, m], of a union [1, m]."""
         end = min(seen + (self._hello["ahead"] or self._spec.num_layers), self._spec.num_layers)
         if "coverage" in self._hello:
             tables, level = self._speculator.manifest.coverage, self._hello["coverage"]
             expected = [coverage_size(tables, level, layer, seen) for layer in range(seen, end)]
         else:
             expected = [self._hello["top_n"]] * (end - seen)
-        if sizes.tolist() != expected:
-            raise Violation(f"sizes are {sizes.tolist()}, expected {expected}")
+        if sizes.tolist() != [expected] * len(sizes):
+            raise Violation(f"sizes are {sizes.tolist()}, expected {expected} of each")
 
     def _check(self) -> None:
         """Compare what came with what is worked out here."""
@@ -493,7 +494,8 @@ class Life:
         named = zip(union["names"], union["tokens"], strict=True)
         tokens = [self._ever[name].tokens[token] for name, token in named]
         demand = 1.0 - np.prod(1.0 - self._probabilities(tokens, [seen] * len(tokens)), axis=0)
-        self._compare(demand[seen : seen + len(sizes)], union["experts"][0], union["probabilities"][0], sizes)
+        listed, came = union["experts"][0], union["probabilities"][0]
+        self._compare(demand[seen : seen + len(listed)], listed, came, sizes[0])
         self.tally.unions += 1
 
     def _probabilities(self, tokens: list[Token], seen: list[int]) -> Array:
@@ -568,13 +570,13 @@ def _ranked(raw: bytes, num_experts: int) -> Message:
     kind, _, n, tag, first_layer, m, dropped = struct.unpack_from("<BBHIHHI", raw)
     item = "u1" if num_experts <= 256 else "<u2"
     rows = n if kind == 129 else 1
-    width = (len(raw) - 16 - 8 * n - 2 * m) // (rows * m * (4 + np.dtype(item).itemsize))
+    width = (len(raw) - 16 - 8 * n - 2 * rows * m) // (rows * m * (4 + np.dtype(item).itemsize))
     arrays, place = [], 16
     for dtype, shape in (
         ("<u4", (n,)),
         ("<u4", (n,)),
         ("<f4", (rows, m, width)),
-        ("<u2", (m,)),
+        ("<u2", (rows, m)),
         (item, (rows, m, width)),
     ):
         arrays.append(np.frombuffer(raw, dtype, int(np.prod(shape)), place).reshape(shape))
@@ -598,18 +600,18 @@ def _plain(answer: Message) -> Message:
         lists, names, tokens = [answer["layers"]], answer["sequences"], answer["tokens"]
     else:
         return answer
-    sizes = [len(layer["experts"]) for layer in lists[0]]
-    experts = np.zeros((len(lists), len(sizes), max(sizes)), np.int64)
+    sizes = np.array([[len(layer["experts"]) for layer in layers] for layers in lists])
+    experts = np.zeros((*sizes.shape, sizes.max()), np.int64)
     probabilities = np.zeros(experts.shape, np.float32)
     for row, layers in enumerate(lists):
         for place, layer in enumerate(layers):
-            experts[row, place, : sizes[place]] = layer["experts"]
-            probabilities[row, place, : sizes[place]] = layer["probabilities"]
+            experts[row, place, : sizes[row, place]] = layer["experts"]
+            probabilities[row, place, : sizes[row, place]] = layer["probabilities"]
     return {
         **answer,
         "names": names,
         "tokens": tokens,
-        "sizes": np.array(sizes),
+        "sizes": sizes,
         "experts": experts,
         "probabilities": probabilities,
     }

@@ -621,8 +621,8 @@ static inline int specmoe_odd_(specmoe_stream *stream, const char *what, unsigne
 static inline int specmoe_take_forecast_(specmoe_stream *stream, const uint8_t *message, size_t bytes) {
     size_t count = specmoe_get16_(message + 2), first = specmoe_get16_(message + 8),
            layers = specmoe_get16_(message + 10);
-    size_t before = SPECMOE_HEADER_ + 8 * count + 2 * layers,
-           row_bytes = count * layers * (4 + (size_t)stream->expert_bytes);
+    size_t rows = count * layers, before = SPECMOE_HEADER_ + 8 * count + 2 * rows,
+           row_bytes = rows * (4 + (size_t)stream->expert_bytes);
     size_t width, i, j, k, num_layers = (size_t)stream->status.num_layers;
     const uint8_t *probabilities, *sizes, *experts;
     if (!count || count > stream->options.max_sequences)
@@ -635,9 +635,9 @@ static inline int specmoe_take_forecast_(specmoe_stream *stream, const uint8_t *
         return specmoe_odd_(stream, "a forecast in %lu bytes, expected rows of 1 to %lu experts", bytes,
                             (unsigned long)stream->most_width);
     probabilities = message + SPECMOE_HEADER_ + 8 * count;
-    sizes = probabilities + 4 * count * layers * width;
-    experts = sizes + 2 * layers;
-    for (j = 0; j < layers; j++)
+    sizes = probabilities + 4 * rows * width;
+    experts = sizes + 2 * rows;
+    for (j = 0; j < rows; j++)
         if (specmoe_get16_(sizes + 2 * j) > width)
             return specmoe_odd_(stream, "a layer with %lu experts in rows of %lu",
                                 specmoe_get16_(sizes + 2 * j), width);
@@ -667,7 +667,8 @@ static inline int specmoe_take_forecast_(specmoe_stream *stream, const uint8_t *
             into[k] = probability;
             ids[k] = expert;
         }
-        for (j = 0; j < layers; j++) stream->sizes[number * num_layers + j] = specmoe_get16_(sizes + 2 * j);
+        for (j = 0; j < layers; j++)
+            stream->sizes[number * num_layers + j] = specmoe_get16_(sizes + 2 * (i * layers + j));
         slot->first_layer = (int)first;
         slot->layers = (int)layers;
         slot->width = (int)width;
@@ -1054,7 +1055,7 @@ static inline int specmoe_allocate_(specmoe_stream *stream) {
     const specmoe_status *status = &stream->status;
     uint64_t sequences = stream->options.max_sequences, layers = (uint64_t)status->num_layers;
     uint64_t rows = sequences * layers, slots = rows * (uint64_t)stream->most_width;
-    uint64_t in = SPECMOE_HEADER_ + 8 * sequences + 2 * layers + slots * (4 + (uint64_t)stream->expert_bytes);
+    uint64_t in = SPECMOE_HEADER_ + 8 * sequences + 2 * rows + slots * (4 + (uint64_t)stream->expert_bytes);
     uint64_t out = SPECMOE_HEADER_ + 8 * sequences +
                    rows * (uint64_t)status->top_k * (4 + (uint64_t)stream->expert_bytes);
     uint32_t i;

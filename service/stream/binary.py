@@ -262,7 +262,7 @@ class Binary:
                     len(ranking.sequences),
                     ranking.tag,
                     ranking.first_layer,
-                    len(ranking.sizes),
+                    ranking.sizes.shape[-1],
                     ranking.dropped & 0xFFFFFFFF,
                 ),
                 struct.pack(f"<{2 * len(ranking.sequences)}I", *ranking.sequences, *ranking.tokens),

@@ -131,7 +131,8 @@ class Welcome:
 class Ranking:
     """Ranked experts of m layers from first_layer on, for n sequences, or for all of them together.
 
-    experts, probabilities: [n, m, w], of a union [m, w]. sizes: [m], how many of the w are meant.
+    experts, probabilities: [n, m, w], of a union [m, w]. sizes: how many of the w are meant, [n, m], of a
+    union [m].
     """
 
     tag: int
@@ -141,7 +142,7 @@ class Ranking:
     tokens: Sequence[int]
     experts: np.ndarray[Any, Any]
     probabilities: np.ndarray[Any, Any]
-    sizes: Integer[np.ndarray, "m"]
+    sizes: Integer[np.ndarray, "*n m"]
 
 
 class Encoding(Protocol):

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import orjson
+from jaxtyping import Float32, Integer
 from pydantic import Field, TypeAdapter, ValidationError
 
 from service.answers import DECIMALS
@@ -190,13 +191,14 @@ class Text:
             {
                 "sequence": sequence,
                 "token": token,
-                "layers": _layers(ranking, experts, probabilities, with_distance=True),
+                "layers": _layers(ranking.first_layer, experts, probabilities, sizes, with_distance=True),
             }
-            for sequence, token, experts, probabilities in zip(
+            for sequence, token, experts, probabilities, sizes in zip(
                 ranking.sequences,
                 ranking.tokens,
                 ranking.experts,
                 ranking.probabilities,
+                ranking.sizes,
                 strict=True,
             )
         ]
@@ -216,7 +218,13 @@ class Text:
             dropped=ranking.dropped,
             sequences=list(ranking.sequences),
             tokens=list(ranking.tokens),
-            layers=_layers(ranking, ranking.experts, ranking.probabilities, with_distance=False),
+            layers=_layers(
+                ranking.first_layer,
+                ranking.experts,
+                ranking.probabilities,
+                ranking.sizes,
+                with_distance=False,
+            ),
         )
 
     def error(self, tag: int, code: str, message: str, remedy: str, *, fatal: bool) -> str:
@@ -230,21 +238,22 @@ class Text:
 
 
 def _layers(
-    ranking: Ranking,
-    experts: np.ndarray[Any, Any],
-    probabilities: np.ndarray[Any, Any],
+    first_layer: int,
+    experts: Integer[np.ndarray, "m w"],
+    probabilities: Float32[np.ndarray, "m w"],
+    sizes: Integer[np.ndarray, "m"],
     *,
     with_distance: bool,
 ) -> list[dict[str, Any]]:
     listed, rounded = experts.tolist(), np.round(probabilities.astype(np.float64), DECIMALS).tolist()
     return [
         {
-            "layer": ranking.first_layer + row,
+            "layer": first_layer + row,
             **({"distance": row + 1} if with_distance else {}),
             "experts": listed[row][:size],
             "probabilities": rounded[row][:size],
         }
-        for row, size in enumerate(ranking.sizes.tolist())
+        for row, size in enumerate(sizes.tolist())
     ]
 
 

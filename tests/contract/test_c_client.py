@@ -17,7 +17,7 @@ from model_store.store import open_store
 from tests.contract.c_client import COMPILERS, GONE, INVALID, LOST, OK, Driver, compiled
 from tests.contract.running import running_service
 from tests.contract.streams import PATIENCE_S, until
-from tests.contract.toy_book import Behaviour
+from tests.contract.toy_book import Behaviour, Told, ranked, set_size
 from tests.contract.toy_stream import ToyStream
 from tests.toy_version import toy_version
 from traces.spec import RoutingSpec
@@ -105,6 +105,22 @@ def test_a_batch_in_one_message_is_forecast_as_the_python_client_has_it(
                 if told.stop < LAYERS:
                     for our, their in zip(ours, theirs, strict=True):
                         assert_same(client.wait(our), stream.wait(their, PATIENT_MS))
+
+
+def test_each_sequence_of_a_batch_has_sets_of_its_own_size(client: Driver) -> None:
+    told = {0: Told(token_id=5), 63: Told(token_id=6), 9: Told(token_id=7)}
+    sizes = {sequence: [set_size(one, layer) for layer in range(LAYERS)] for sequence, one in told.items()}
+    assert list(sizes.values()) == [[3, 5, 4, 6], [8, 4, 8, 3], [4, 7, 6, 3]]
+    with ToyStream() as server:
+        client.connect(server.url, coverage=0.9)
+        client("open", list(told))
+        client.start(list(told), [5, 6, 7])
+        answers = {sequence: client.wait(sequence) for sequence in told}
+    for sequence, one in told.items():
+        answer = answers[sequence]
+        assert (answer["code"], answer["sizes"]) == (1, sizes[sequence])
+        width = max(max(of_one) for of_one in sizes.values())
+        assert answer["experts"].tolist() == [ranked(one, layer, width) for layer in range(LAYERS)]
 
 
 def test_a_model_of_many_experts_is_told_in_two_bytes(client: Driver, tmp_path: Path) -> None:

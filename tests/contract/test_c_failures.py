@@ -205,6 +205,14 @@ ODD: dict[str, tuple[bytes, str]] = {
         frame(BINARY, forecast(body=struct.pack("<fHB", 0.5, 2, 1))),
         "2 experts in rows of 1",
     ),
+    "a size beyond its row in the second sequence": (
+        frame(BINARY, forecast(count=2, body=struct.pack("<IIffHHBB", 1, 0, 0.5, 0.5, 1, 3, 1, 2))),
+        "3 experts in rows of 1",
+    ),
+    "sizes of one sequence for two": (
+        frame(BINARY, forecast(count=2, body=struct.pack("<IIffHBB", 1, 0, 0.5, 0.5, 1, 1, 2))),
+        "a forecast in 44 bytes, expected rows of 1 to 4 experts",
+    ),
     "an expert that is none": (
         frame(BINARY, forecast(body=struct.pack("<fHB", 0.5, 1, 8))),
         "expert 8 of a model with 8",

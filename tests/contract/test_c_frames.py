@@ -106,9 +106,10 @@ def forecasts(draw: st.DrawFn) -> bytes:
     numbers = draw(st.lists(st.integers(0, 4), min_size=2 * count, max_size=2 * count))
     slots = count * layers * width
     shares = draw(st.lists(st.floats(0, 1, width=32), min_size=slots, max_size=slots))
-    sizes = draw(st.lists(st.integers(0, width + 1), min_size=layers, max_size=layers))
+    rows = count * layers
+    sizes = draw(st.lists(st.integers(0, width + 1), min_size=rows, max_size=rows))
     experts = draw(st.lists(st.integers(0, 8), min_size=slots, max_size=slots))
-    body = struct.pack(f"<{2 * count}I{slots}f{layers}H{slots}B", *numbers, *shares, *sizes, *experts)
+    body = struct.pack(f"<{2 * count}I{slots}f{rows}H{slots}B", *numbers, *shares, *sizes, *experts)
     header = HEADER.pack(
         kind, draw(st.integers(0, 1)), count, draw(st.integers(0, 5)), first, layers, len(body)
     )
@@ -161,11 +162,12 @@ def test_a_message_is_taken_whole_or_ends_the_stream_with_a_reason(read: Read, d
 
 def test_a_proper_forecast_is_read(read: Read) -> None:
     """That the others do not only look at refusals."""
-    numbers = struct.pack("<IIIIffffffffHH", 0, 1, 0, 0, 0.5, 0.25, 0.5, 0.25, 1, 0, 0.75, 0.125, 2, 1)
-    message = HEADER.pack(129, 0, 2, 1, 0, 2, 0) + numbers + bytes([1, 2, 3, 4, 5, 6, 7, 0])
+    shares = 0.5, 0.25, 0.5, 0.25, 1, 0, 0.75, 0.125
+    body = struct.pack("<4I8f4H8B", 0, 1, 0, 0, *shares, 2, 1, 0, 2, 1, 2, 3, 4, 5, 6, 7, 0)
+    message = HEADER.pack(129, 0, 2, 1, 0, 2, 0) + body
     told = read(frame(2, message), 7)[1:]
     assert told == [
         "stream 0",
-        "forecast 0 0 1:0.5 2:0.25 3:0.5 4:0.25",
-        "forecast 1 0 5:1 6:0 7:0.75 0:0.125",
+        "forecast 0 0 of 2 1: 1:0.5 2:0.25 3:0.5 4:0.25",
+        "forecast 1 0 of 0 2: 5:1 6:0 7:0.75 0:0.125",
     ]

@@ -10,7 +10,7 @@ import pytest
 from specmoe_client import ClientError, RequestInvalid, RoutingShape, Stream, Token
 
 from tests.contract.streams import until
-from tests.contract.toy_book import EXPERTS, LAYERS, TOP_K, VERSION, Behaviour, Told, ranked
+from tests.contract.toy_book import EXPERTS, LAYERS, TOP_K, VERSION, Behaviour, Told, ranked, set_size
 from tests.contract.toy_stream import ToyStream
 
 FINISHED = Token(experts=np.array([[1, 2], [3, 4], [5, 6], [7, 0]]), gates=np.full((4, 2), 0.5), token_id=11)
@@ -127,6 +127,25 @@ def test_a_batch_is_its_sequences(open_stream: Any) -> None:
         experts, gates = [2 * position, 2 * position + 1], [2 * position + 1.0, 2 * position + 2.0]
         told = Told(PAST if position == 1 else [], 5 + position, [(experts, gates)])
         assert forecast.experts[0].tolist() == ranked(told, 1, 4)
+
+
+def test_each_sequence_of_a_batch_has_sets_of_its_own_size(open_stream: Any) -> None:
+    told = [Told([], 5), Told(PAST, 6), Told([], 7)]
+    sizes = [[set_size(one, layer) for layer in range(LAYERS)] for one in told]
+    assert sizes == [[3, 5, 4, 6], [8, 2, 8, 6], [4, 7, 6, 3]]
+    with ToyStream() as server:
+        stream = connected(open_stream, server, coverage=0.9, union=True)
+        sequences = [stream.open(), stream.open(context=[FINISHED]), stream.open()]
+        stream.start(sequences, [5, 6, 7])
+        forecasts = [stream.wait(sequence, PATIENT_MS) for sequence in sequences]
+        union = stream.wait_union(PATIENT_MS)
+    assert [forecast.sizes.tolist() for forecast in forecasts] == sizes
+    for forecast, one in zip(forecasts, told, strict=True):
+        for layer in range(LAYERS):
+            expected = ranked(one, layer, set_size(one, layer))
+            assert forecast.experts_of(layer).tolist() == expected
+    assert union.sizes.tolist() == sizes[0]
+    assert union.experts_of(1).tolist() == ranked(told[0], 1, sizes[0][1])
 
 
 def test_several_layers_may_be_told_at_once(open_stream: Any) -> None:

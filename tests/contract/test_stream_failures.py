@@ -387,6 +387,7 @@ GARBAGE: dict[str, bytes | str] = {
     "forecast of a layer that is none": ranking(first_layer=LAYERS, bytes=7),
     "forecast with half an expert": ranking(bytes=9),
     "forecast without experts": ranking(bytes=2),
+    "forecast with sizes of one sequence for two": ranking(count=2, bytes=8 + 2 * 5 + 2),
     "union with half an expert": ranking(kind=130, bytes=9),
     "error that is no JSON": HEADER.pack(131, 0, 0, 0, 0, 0, 4) + b"oops",
     "error that says nothing": HEADER.pack(131, 0, 0, 0, 0, 0, 2) + b"{}",

@@ -4,6 +4,7 @@ book = Book(Behaviour())
 book.take(hello), book.answers          # toy_stream.py puts it behind a real socket
 
 Its forecasts are a checksum of all that it was told of a sequence: where they are equal, so is what was told.
+With coverage, so are the sizes of its sets.
 It shares nothing with the client, the reading of frames included.
 """
 
@@ -232,14 +233,19 @@ class Book:
         seen = len(found[0].layers)
         end = min(seen + self.hello["ahead"], self._behaviour.layers) if self.hello["ahead"] else None
         layers = range(seen, end or self._behaviour.layers)
-        width = self.hello["top_n"] or 2 * TOP_K
+        number = self.hello["top_n"] or 2 * TOP_K
+        sizes = [
+            [set_size(told, layer) if self.hello["coverage"] else number for layer in layers]
+            for told in found
+        ]
+        width = max(max(of_one) for of_one in sizes)
         head = struct.pack(f"<{2 * len(names)}I", *names, *(told.started - 1 for told in found))
-        sizes = struct.pack(f"<{len(layers)}H", *[width] * len(layers))
         rows = [[ranked(told, layer, width) for layer in layers] for told in found]
         if self.hello["per_sequence"]:
-            self._tell(129, tag, seen, names, head, sizes, [row for rank in rows for row in rank])
+            self._tell(129, tag, seen, names, head, sizes, rows)
         if self.hello["union"]:
-            self._tell(130, tag, seen, names, head, sizes, rows[0])
+            width = max(sizes[0])
+            self._tell(130, tag, seen, names, head, sizes[:1], [[row[:width] for row in rows[0]]])
 
     def _tell(
         self,
@@ -248,16 +254,16 @@ class Book:
         seen: int,
         names: list[int],
         head: bytes,
-        sizes: bytes,
-        rows: list[list[int]],
+        sizes: list[list[int]],
+        rows: list[list[list[int]]],
     ) -> None:
-        experts = [expert for row in rows for expert in row]
-        chances = [1 / (2 + place) for row in rows for place in range(len(row))]
+        experts = [expert for layers in rows for row in layers for expert in row]
+        chances = [1 / (2 + place) for layers in rows for row in layers for place in range(len(row))]
+        meant = [size for layers in sizes for size in layers]
         message = (
-            HEADER.pack(kind, 0, len(names), tag, seen, len(sizes) // 2, self._dropped)
+            HEADER.pack(kind, 0, len(names), tag, seen, len(sizes[0]), self._dropped)
             + head
-            + struct.pack(f"<{len(chances)}f", *chances)
-            + sizes
+            + struct.pack(f"<{len(chances)}f{len(meant)}H", *chances, *meant)
             + bytes(experts)
         )
         (self.held if self._behaviour.late else self.answers).append(message)
@@ -265,8 +271,16 @@ class Book:
 
 def ranked(told: Told, layer: int, width: int) -> list[int]:
     """A ranking that any difference in what was told would change."""
-    digest = zlib.crc32(repr((told.past, told.token_id, told.layers, layer)).encode())
-    return random.Random(digest).sample(range(EXPERTS), width)
+    return random.Random(_digest(told, layer)).sample(range(EXPERTS), width)
+
+
+def set_size(told: Told, layer: int) -> int:
+    """How many experts of that ranking a coverage set has."""
+    return random.Random(_digest(told, layer)).randint(TOP_K, EXPERTS)
+
+
+def _digest(told: Told, layer: int) -> int:
+    return zlib.crc32(repr((told.past, told.token_id, told.layers, layer)).encode())
 
 
 def _read(frame: Any, num_layers: int) -> dict[str, Any]:

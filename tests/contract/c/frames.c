@@ -81,7 +81,9 @@ static void stream_of(const uint8_t *data, size_t bytes, size_t step) {
         specmoe_forecast forecast;
         int i, found = specmoe_latest(stream, sequence, &forecast);
         if (found != 1) continue;
-        printf("forecast %lu %d", (unsigned long)sequence, forecast.first_layer);
+        printf("forecast %lu %d of", (unsigned long)sequence, forecast.first_layer);
+        for (i = 0; i < forecast.layers; i++) printf(" %d", forecast.sizes[i]);
+        putchar(':');
         for (i = 0; i < forecast.layers * forecast.width; i++) printf(" %d:%g", forecast.experts[i], (double)forecast.probabilities[i]);
         puts("");
     }

@@ -115,12 +115,12 @@ def read(answer: bytes | str, num_experts: int = 8) -> Message:
 
 def _ranked(name: str, body: bytes, n: int, m: int, first_layer: int, item: int) -> Message:
     rows = n if name == "forecast" else 1
-    width = (len(body) - 8 * n - 2 * m) // (rows * m * (4 + item))
+    width = (len(body) - 8 * n - 2 * rows * m) // (rows * m * (4 + item))
     parts = [
         ("<u4", (n,)),
         ("<u4", (n,)),
         ("<f4", (rows, m, width)),
-        ("<u2", (m,)),
+        ("<u2", (rows, m)),
         (f"<u{item}", (rows, m, width)),
     ]
     arrays, place = [], 0
@@ -136,7 +136,7 @@ def _ranked(name: str, body: bytes, n: int, m: int, first_layer: int, item: int)
                 "experts": experts[row, layer, :size].tolist(),
                 "probabilities": probabilities[row, layer, :size].tolist(),
             }
-            for layer, size in enumerate(sizes.tolist())
+            for layer, size in enumerate(sizes[row].tolist())
         ]
         for row in range(rows)
     ]

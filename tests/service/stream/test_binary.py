@@ -261,9 +261,9 @@ RANKING = Ranking(
     tokens=[0, 1],
     experts=np.array([[[3, 4], [1, 0]], [[7, 6], [5, 4]]]),
     probabilities=np.array([[[1, 0.5], [0.5, 0.25]], [[1, 1], [0, 0]]], np.float32),
-    sizes=np.array([2, 1]),
+    sizes=np.array([[2, 1], [1, 2]]),
 )
-UNION = Ranking(*astuple(RANKING)[:5], RANKING.experts[0], RANKING.probabilities[0], RANKING.sizes)
+UNION = Ranking(*astuple(RANKING)[:5], RANKING.experts[0], RANKING.probabilities[0], RANKING.sizes[0])
 ONE, HALF, QUARTER, NONE = "0000803f", "0000003f", "0000803e", "00000000"
 ANSWERS = {
     "welcome": (
@@ -273,12 +273,13 @@ ANSWERS = {
     "forecast": (
         Binary(8).forecast(RANKING),
         "81 00 0200 09000000 0200 0200 03000000 05000000 06000000 00000000 01000000"
-        f"{ONE}{HALF} {HALF}{QUARTER} {ONE}{ONE} {NONE}{NONE} 0200 0100 0304 0100 0706 0504",
+        f"{ONE}{HALF} {HALF}{QUARTER} {ONE}{ONE} {NONE}{NONE} 0200 0100 0100 0200 0304 0100 0706 0504",
     ),
     "forecast, many experts": (
         Binary(300).forecast(RANKING),
         "81 00 0200 09000000 0200 0200 03000000 05000000 06000000 00000000 01000000"
-        f"{ONE}{HALF} {HALF}{QUARTER} {ONE}{ONE} {NONE}{NONE} 0200 0100 03000400 01000000 07000600 05000400",
+        f"{ONE}{HALF} {HALF}{QUARTER} {ONE}{ONE} {NONE}{NONE} 0200 0100 0100 0200"
+        "03000400 01000000 07000600 05000400",
     ),
     "union": (
         Binary(8).union(UNION),

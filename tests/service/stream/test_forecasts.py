@@ -38,7 +38,7 @@ def test_a_union_by_coverage_has_the_experts_of_some_sets_and_no_others() -> Non
     # At coverage 0.9 the next layer's set has three experts: 4, in neither, has more demand than 2 and 3.
     told = rankings([FIRST, SECOND], seen=2, coverage=0.9, union=True)
     forecast, union = told[Kind.FORECAST], told[Kind.UNION]
-    assert [set(row) for row in forecast.experts[:, 0, : forecast.sizes[0]].tolist()] == [
+    assert [set(row) for row in forecast.experts[:, 0, : forecast.sizes[0, 0]].tolist()] == [
         {0, 1, 2},
         {0, 1, 3},
     ]
@@ -55,7 +55,7 @@ def test_a_union_by_number_has_those_with_most_demand() -> None:
 
 
 def test_twice_as_many_as_are_routed_come_where_hello_asks_for_no_number() -> None:
-    assert rankings([FIRST, SECOND])[Kind.FORECAST].sizes.tolist() == [4, 4, 4, 4]
+    assert rankings([FIRST, SECOND])[Kind.FORECAST].sizes.tolist() == [[4, 4, 4, 4]] * 2
 
 
 def test_heads_say_what_it_is_of() -> None:

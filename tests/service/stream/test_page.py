@@ -68,19 +68,54 @@ def test_the_welcome_is_what_is_written() -> None:
 
 
 def test_the_forecast_is_what_is_written_and_read() -> None:
-    experts, probabilities = np.array([[[4, 19], [11, 2]]]), np.array([[[0.75, 0.5], [0.875, 0.25]]])
-    told = Ranking(5, 22, 3, [7], [0], experts, probabilities, np.array([2, 2]))
+    experts = np.array(
+        [[[4, 19, 11, 2, 7], [11, 2, 30, 5, 16]], [[19, 4, 2, 23, 8], [5, 11, 2, 28, 9]]],
+    )
+    probabilities = np.array(
+        [
+            [[0.9375, 0.875, 0.75, 0.5, 0.25], [0.875, 0.75, 0.75, 0.5, 0.375]],
+            [[0.875, 0.875, 0.625, 0.5, 0.125], [0.9375, 0.75, 0.625, 0.5, 0.25]],
+        ]
+    )
+    told = Ranking(5, 22, 3, [7, 9], [0, 4], experts, probabilities, np.array([[4, 5], [4, 4]]))
     assert dumped("forecast").hex(" ") == Binary(32).forecast(told).hex(" ")
-    layers = [
-        {"layer": 22, "distance": 1, "experts": [4, 19], "probabilities": [0.75, 0.5]},
-        {"layer": 23, "distance": 2, "experts": [11, 2], "probabilities": [0.875, 0.25]},
+    of_seven = [
+        {
+            "layer": 22,
+            "distance": 1,
+            "experts": [4, 19, 11, 2],
+            "probabilities": [0.9375, 0.875, 0.75, 0.5],
+        },
+        {
+            "layer": 23,
+            "distance": 2,
+            "experts": [11, 2, 30, 5, 16],
+            "probabilities": [0.875, 0.75, 0.75, 0.5, 0.375],
+        },
+    ]
+    of_nine = [
+        {
+            "layer": 22,
+            "distance": 1,
+            "experts": [19, 4, 2, 23],
+            "probabilities": [0.875, 0.875, 0.625, 0.5],
+        },
+        {
+            "layer": 23,
+            "distance": 2,
+            "experts": [5, 11, 2, 28],
+            "probabilities": [0.9375, 0.75, 0.625, 0.5],
+        },
     ]
     assert read(dumped("forecast"), num_experts=32) == {
         "type": "forecast",
         "tag": 5,
         "first_layer": 22,
         "dropped": 3,
-        "predictions": [{"sequence": 7, "token": 0, "layers": layers}],
+        "predictions": [
+            {"sequence": 7, "token": 0, "layers": of_seven},
+            {"sequence": 9, "token": 4, "layers": of_nine},
+        ],
     }
 
 

@@ -160,6 +160,8 @@ def ranking(seed: int, *, union: bool) -> Ranking:
     rng = np.random.default_rng(seed)
     n, m, width = rng.integers(1, 4, 3).tolist()
     shape = (m, width) if union else (n, m, width)
+    sizes = rng.integers(1, width + 1, shape[:-1])
+    sizes.flat[-1] = width
     return Ranking(
         tag=int(rng.integers(2**32)),
         first_layer=int(rng.integers(4)),
@@ -169,7 +171,7 @@ def ranking(seed: int, *, union: bool) -> Ranking:
         experts=rng.integers(0, 8, shape),
         # The same in float32 and in six decimals.
         probabilities=(rng.integers(0, 65, shape) / 64).astype(np.float32),
-        sizes=np.append(rng.integers(1, width + 1, m - 1), width),
+        sizes=sizes,
     )
 
 
@@ -182,6 +184,23 @@ def test_the_same_forecast_is_the_same_in_both_encodings(seed: int) -> None:
             for encoding in (Text(), Binary(8))
         )
         assert in_text == in_binary
+
+
+def test_each_sequence_of_a_forecast_has_lists_of_its_own_size() -> None:
+    told = Ranking(
+        tag=1,
+        first_layer=2,
+        dropped=0,
+        sequences=[5, 6],
+        tokens=[0, 0],
+        experts=np.array([[[3, 4, 0], [1, 0, 2]], [[7, 6, 5], [5, 4, 3]]]),
+        probabilities=np.full((2, 2, 3), 0.5, np.float32),
+        sizes=np.array([[1, 3], [2, 0]], np.uint16),
+    )
+    for encoding in (Text(), Binary(8)):
+        predictions = read(encoding.forecast(told))["predictions"]
+        listed = [[layer["experts"] for layer in prediction["layers"]] for prediction in predictions]
+        assert listed == [[[3], [1, 0, 2]], [[7, 6], []]]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from specmoe_client.streaming.frames import Experts, Ranking
 
 
 class _Layers:
-    """Layers `seen`, `seen + 1`, ... of a ranking, m of them, with w experts in the longest row."""
+    """Layers `seen`, `seen + 1`, ... of a ranking, m of them, with w experts in its longest row."""
 
     def __init__(self, ranking: Ranking) -> None:
         self._ranking = ranking
@@ -57,6 +57,12 @@ class SequenceForecast(_Layers):
         super().__init__(ranking)
         self._position = position
         self.sequence, self.token = sequence, token
+
+    @property
+    def sizes(self) -> npt.NDArray[np.uint16]:
+        """uint16 `[m]`: how many experts of a row are meant; what stands behind them is filling."""
+        sizes: npt.NDArray[np.uint16] = self._ranking.sizes[self._position]
+        return sizes
 
     @property
     def experts(self) -> Experts:

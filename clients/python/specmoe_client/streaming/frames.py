@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections.abc
 import json
+import math
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -31,7 +32,7 @@ HEADER = struct.Struct("<BBHIHHI")  # kind, flags, count, tag, first_layer, laye
 _HELLO = struct.Struct("<IfHHHH")  # deadline_us, coverage, top_n, model_bytes, version_bytes, 0
 _WELCOME = struct.Struct("<HHHHIIII")
 _U32 = struct.Struct("<I")
-_U32S, _F32S = np.dtype("<u4"), np.dtype("<f4")
+_U16S, _U32S, _F32S = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<f4")
 
 Experts = npt.NDArray[np.unsignedinteger[Any]]
 Gates = npt.NDArray[np.float32]
@@ -129,13 +130,14 @@ class Ranking:
         self.num_layers: int = layers
         rows = count * self.num_layers if kind == FORECAST else self.num_layers
         after = HEADER.size + 8 * count
-        body = len(message) - after - 2 * self.num_layers
+        body = len(message) - after - _U16S.itemsize * rows
         row_bytes = rows * (_F32S.itemsize + expert.itemsize)
         if not (count and rows and body > 0) or body % row_bytes:
             raise invalid(f"a ranking of {count} sequences, {layers} layers in {len(message)} bytes")
         width = body // row_bytes
         self._message, self._expert, self._after = message, expert, after
-        self._shape = (count, self.num_layers, width) if kind == FORECAST else (self.num_layers, width)
+        self._rows = (count, self.num_layers) if kind == FORECAST else (self.num_layers,)
+        self._shape = (*self._rows, width)
         self._slots = rows * width
         numbers: list[int] = np.frombuffer(message, _U32S, 2 * count, HEADER.size).tolist()
         self.wires, self.tokens = numbers[:count], numbers[count:]
@@ -147,13 +149,14 @@ class Ranking:
 
     @cached_property
     def sizes(self) -> npt.NDArray[np.uint16]:
-        """uint16 `[m]`."""
-        return np.frombuffer(self._message, "<u2", self.num_layers, self._after + 4 * self._slots)
+        """uint16 `[n, m]` or `[m]`."""
+        offset = self._after + 4 * self._slots
+        return np.frombuffer(self._message, _U16S, math.prod(self._rows), offset).reshape(self._rows)
 
     @cached_property
     def experts(self) -> Experts:
         """uint8 or uint16 `[n, m, w]` or `[m, w]`."""
-        offset = self._after + 4 * self._slots + 2 * self.num_layers
+        offset = self._after + 4 * self._slots + self.sizes.nbytes
         return np.frombuffer(self._message, self._expert, self._slots, offset).reshape(self._shape)
 
 
