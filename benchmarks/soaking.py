@@ -20,13 +20,15 @@ from typing import Any
 
 import numpy as np
 
-from speculation.coverage import coverage_size
+from speculation.coverage import sizes_of
 from speculation.runtime import Speculator, State
 from tests.service.stream.frames import Message, binary, frame, read, text
 
 # In 8 bits, one number that is rounded up here and down there moves a probability by up to 0.02. The forecast
 # of another sequence, or of another step, differs by far more.
 TOLERANCE = 0.05
+# What JSON rounds off a probability.
+ROUNDED = 1e-6
 MOST_SEQUENCES = 24
 # Forecasts that are checked in one model call.
 CHECKED_TOGETHER = 64
@@ -459,23 +461,29 @@ class Life:
         self._dropped = forecast["dropped"]
         self._answered += len(forecast["names"])
         seen, sizes = forecast["first_layer"], forecast["sizes"]
-        self._check_sizes(seen, sizes)
+        self._check_amount(seen, sizes)
         for row, (name, token) in enumerate(zip(forecast["names"], forecast["tokens"], strict=True)):
             told = self._ever[name].tokens[token]
             self._unchecked.append(
                 (told, seen, forecast["experts"][row], forecast["probabilities"][row], sizes[row])
             )
 
-    def _check_sizes(self, seen: int, sizes: Array) -> None:
-        """sizes: [n, m], of a union [1, m]."""
+    def _check_amount(self, seen: int, sizes: Array) -> None:
+        """sizes: [n, m], of a union [1, m]. Coverage sets follow from what is forecast: `_check_sets`."""
         end = min(seen + (self._hello["ahead"] or self._spec.num_layers), self._spec.num_layers)
-        if "coverage" in self._hello:
-            tables, level = self._speculator.manifest.coverage, self._hello["coverage"]
-            expected = [coverage_size(tables, level, layer, seen) for layer in range(seen, end)]
-        else:
-            expected = [self._hello["top_n"]] * (end - seen)
-        if sizes.tolist() != [expected] * len(sizes):
-            raise Violation(f"sizes are {sizes.tolist()}, expected {expected} of each")
+        expected = self._hello.get("top_n")
+        if sizes.shape[1] != end - seen or (expected and (sizes != expected).any()):
+            raise Violation(
+                f"sizes are {sizes.tolist()}, expected {expected or 'some'} of {end - seen} layers"
+            )
+
+    def _check_sets(self, came: Array, seen: int, sizes: Array) -> None:
+        """Whether as many experts came as are in the set, by the probabilities [m, w] that came with them."""
+        sets = self._speculator.coverage_sets(self._hello["coverage"])
+        least, threshold = (table[seen, seen : seen + len(sizes)] for table in (sets.least, sets.threshold))
+        fewest, most = (sizes_of(least, threshold + gap, came) for gap in (ROUNDED, -ROUNDED))
+        if (sizes < fewest).any() or (sizes > most).any():
+            raise Violation(f"sizes are {sizes.tolist()}, expected {fewest.tolist()} to {most.tolist()}")
 
     def _check(self) -> None:
         """Compare what came with what is worked out here."""
@@ -486,11 +494,13 @@ class Life:
         expected = self._probabilities(tokens, seen)
         for p, (_, first, listed, came, sizes) in zip(expected, unchecked, strict=True):
             self._compare(p[first : first + len(sizes)], listed, came, sizes)
+            if "coverage" in self._hello:
+                self._check_sets(came, first, sizes)
         self.tally.forecasts += len(unchecked)
 
     def _check_union(self, union: Message) -> None:
         seen, sizes = union["first_layer"], union["sizes"]
-        self._check_sizes(seen, sizes)
+        self._check_amount(seen, sizes)
         named = zip(union["names"], union["tokens"], strict=True)
         tokens = [self._ever[name].tokens[token] for name, token in named]
         demand = 1.0 - np.prod(1.0 - self._probabilities(tokens, [seen] * len(tokens)), axis=0)

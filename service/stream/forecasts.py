@@ -49,7 +49,7 @@ class Forecasts:
         experts, ranked = rank(ahead, width)
         head = (due.tag, due.seen, dropped, names, tokens)
         if self._hello.per_sequence:
-            yield Kind.FORECAST, Ranking(*head, experts, ranked, np.broadcast_to(sizes, ahead.shape[:2]))
+            yield Kind.FORECAST, Ranking(*head, experts, ranked, sizes)
         if self._hello.union:
             demand = union_demand(ahead)
             if self._sets is None:

@@ -30,8 +30,9 @@ def rankings(probabilities: Any, seen: int = 0, **hello: Any) -> dict[Kind, Rank
     return dict(forecasts.rankings(due, [7, 8], TOKENS, 3, by_layer))
 
 
-FIRST = [0.9, 0.8, 0.65, 0.1, 0.6, 0.0, 0.0, 0.0]
-SECOND = [0.8, 0.9, 0.1, 0.65, 0.6, 0.0, 0.0, 0.0]
+FIRST = [0.9, 0.8, 0.65, 0.1, 0.45, 0.0, 0.0, 0.0]
+SECOND = [0.8, 0.9, 0.1, 0.65, 0.45, 0.0, 0.0, 0.0]
+UNSURE = [0.9, 0.8, 0.65, 0.1, 0.6, 0.0, 0.0, 0.0]
 
 
 def test_a_union_by_coverage_has_the_experts_of_some_sets_and_no_others() -> None:
@@ -46,6 +47,14 @@ def test_a_union_by_coverage_has_the_experts_of_some_sets_and_no_others() -> Non
     assert listed == [0, 1, 2, 3]
     demand = [1 - (1 - FIRST[expert]) * (1 - SECOND[expert]) for expert in listed]
     assert union.probabilities[0, :4] == pytest.approx(demand)
+
+
+def test_each_sequence_has_a_set_of_its_own_size() -> None:
+    # The first-ranked three, and whoever has a chance of 0.5.
+    forecast = rankings([FIRST, UNSURE], seen=2, coverage=0.9)[Kind.FORECAST]
+    assert forecast.sizes.tolist() == [[3, 4], [4, 4]]
+    assert forecast.experts.shape == (2, 2, 4)
+    assert forecast.experts[1, 0].tolist() == [0, 1, 2, 4]
 
 
 def test_a_union_by_number_has_those_with_most_demand() -> None:
