@@ -45,7 +45,7 @@ class StateTensor(Part):
     """One tensor that a sequence carries. `shape` is without the leading batch axis."""
 
     name: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
-    dtype: Literal["float32", "int32", "int64", "uint8"]
+    dtype: Literal["float16", "float32", "int32", "int64", "uint8"]
     shape: tuple[Annotated[int, Field(ge=1)], ...]
 
     @model_validator(mode="after")

@@ -103,7 +103,7 @@ class PredictRequest(Request):
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = Field(
         None,
         description="As many experts a layer as it takes for all the routed ones to be among them with this "
-        "probability, by the version's table. Excludes `top_n`.",
+        "probability: fewer where the forecast is sure. Excludes `top_n`.",
     )
     combine: Literal["per_sequence", "union"] = Field(
         "per_sequence",

@@ -24,6 +24,7 @@ Provider = Literal["cpu", "cuda"]
 ProviderChoice = Literal["auto", "cpu", "cuda"]
 NAME_OF_PROVIDER: dict[Provider, str] = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 ONNX_TYPE = {
+    "float16": "tensor(float16)",
     "float32": "tensor(float)",
     "int32": "tensor(int32)",
     "int64": "tensor(int64)",

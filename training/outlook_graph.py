@@ -27,6 +27,7 @@ from training.errors import ExportFailed
 
 # Averages below it count as none: log of a share that a single use long ago left behind says nothing.
 LITTLE = 0.02
+FLOATS = ("float16", "float32")
 # What a map counts before anything is learnt.
 COPY = 0.3
 
@@ -39,7 +40,7 @@ class Outlook(nn.Module):
         self.spec, self.carried = spec, tuple(carried)
         layers, experts = spec.num_layers, spec.num_experts
         maps = sum(_maps(tensor, spec) for tensor in carried)
-        averages = sum(_maps(tensor, spec) for tensor in carried if tensor.dtype == "float32")
+        averages = sum(_maps(tensor, spec) for tensor in carried if tensor.dtype in FLOATS)
         context = sum(tensor.shape[0] for tensor in carried if len(tensor.shape) == 1)
         self.bias = nn.Parameter(torch.zeros(layers, experts))
         self.weights = nn.Parameter(torch.full((1, maps + averages, layers, 1), COPY))
@@ -53,7 +54,11 @@ class Outlook(nn.Module):
         """state: the tensors of `carried`."""
         shape = (self.spec.num_layers, self.spec.num_experts)
         maps = [x.float().flatten(1, -3) for x in state if x.shape[-2:] == shape and x.ndim > 3]
-        logs = [torch.log(x.flatten(1, -3) + LITTLE) for x in state if x.ndim > 3 and x.is_floating_point()]
+        logs = [
+            torch.log(x.float().flatten(1, -3) + LITTLE)
+            for x in state
+            if x.ndim > 3 and x.is_floating_point()
+        ]
         z = self.bias + (self.weights * torch.cat(maps + logs, 1)).sum(1)
         if self.narrow is None or self.widen is None:
             return z
@@ -76,7 +81,7 @@ def readable(state: Sequence[StateTensor], spec: RoutingSpec) -> tuple[StateTens
     found = tuple(t for t in state if _maps(t, spec) or (len(t.shape) == 1 and t.dtype == "float32"))
     if not any(_maps(tensor, spec) for tensor in found):
         raise ExportFailed(
-            f"The state has no tensor [n, {spec.num_layers}, {spec.num_experts}] of float32 or uint8.",
+            f"The state has no tensor [n, {spec.num_layers}, {spec.num_experts}] of floats or uint8.",
             remedy="An outlook needs averages of past routing in the state.",
         )
     return found
@@ -85,4 +90,4 @@ def readable(state: Sequence[StateTensor], spec: RoutingSpec) -> tuple[StateTens
 def _maps(tensor: StateTensor, spec: RoutingSpec) -> int:
     """How many maps it holds; 0 where it is something else."""
     is_map = len(tensor.shape) == 3 and tensor.shape[1:] == (spec.num_layers, spec.num_experts)
-    return tensor.shape[0] if is_map and tensor.dtype in ("float32", "uint8") else 0
+    return tensor.shape[0] if is_map and tensor.dtype in (*FLOATS, "uint8") else 0
