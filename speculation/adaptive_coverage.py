@@ -33,7 +33,7 @@ from speculation.runtime import Speculator
 # Distances that share a correction begin here: 1, 2-3, 4-7, 8-15, from 16. Token start is a group of its own.
 GROUP_BEGINS = (1, 2, 4, 8, 16)
 # Log-odds that a threshold falls by where every layer of a token was missed.
-STEP = 0.4
+STEP = 0.8
 # A threshold moves by so much in log-odds where twice the budget was fetched.
 BUDGET_STEP = 0.05
 LARGEST_LOG_ODDS = 16.0

@@ -82,9 +82,10 @@ class OutlookConfig:
 class Examples:
     """What was carried before N tokens, and what was used after: `uses`, whether within the next n tokens.
 
-    state: half precision where it is float32.
+    carried: the tensors that are read. state: half precision where they are float32.
     """
 
+    carried: tuple[StateTensor, ...]
     state: tuple[np.ndarray[Any, Any], ...]
     uses: Bool[np.ndarray, "N L E"]
 
@@ -93,8 +94,8 @@ class Examples:
 
     def inputs(self, rows: Int[np.ndarray, "B"] | slice) -> list[torch.Tensor]:
         """The state's tensors of these examples, as a graph gets them."""
-        parts = [torch.from_numpy(tensor[rows]) for tensor in self.state]
-        return [part.float() if part.is_floating_point() else part for part in parts]
+        parts = zip(self.carried, self.state, strict=True)
+        return [torch.from_numpy(tensor[rows].astype(of_it.dtype, copy=False)) for of_it, tensor in parts]
 
 
 def used_within(trace: RoutingTrace, tokens: int) -> Bool[np.ndarray, "N L E"]:
@@ -139,7 +140,7 @@ def examples(
             f"No sequence has {tokens} tokens.", remedy="Look less far ahead, or give longer sequences."
         )
     state = tuple(np.concatenate(tensors) for tensors in zip(*parts, strict=True))
-    return Examples(state, used_within(trace, tokens)[rows])
+    return Examples(carried, state, used_within(trace, tokens)[rows])
 
 
 def fit(network: Outlook, learned: Examples, config: OutlookConfig) -> None:
