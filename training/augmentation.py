@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from jaxtyping import Bool, Float, Int64
+from jaxtyping import Bool, Float, Int, Int64
 from torch import Tensor
 
 from traces.spec import RoutingSpec
@@ -47,6 +47,11 @@ class Change:
         """Q maps of earlier or present routing."""
         permuted = maps.gather(-1, self.experts[:, None].expand_as(maps))
         return self.noisy(self.mixed(permuted))
+
+    def ids(self, experts: Int[Tensor, "B W L K"]) -> Int[Tensor, "B W L K"]:
+        """Ids of experts that were routed to. Tokens that are mixed keep their own."""
+        places = self.experts.argsort(-1)[:, None].expand(-1, experts.shape[1], -1, -1)
+        return places.gather(-1, experts.long()).to(experts.dtype)
 
     def mixed(self, x: Float[Tensor, "B *N"]) -> Float[Tensor, "B *N"]:
         """Each token with its partner (Zhang et al. 2018, mixup)."""

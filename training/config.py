@@ -89,6 +89,7 @@ class PrefixConfig:
     window: how many tokens back the same token id is looked for (count).
     repeats: newest places with the same id that count (count).
     repeat_decay: what a place counts beside the next newer one (0 to 1).
+    similar: tokens of the window that count whose routing was most like this token's so far; 0: none (count).
     earlier_width: of what the trunk is told of each average and of the repeats (channels).
     reach: layers ahead of which pairs of experts tell, one of a layer seen and one to come (layers).
     layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
@@ -105,6 +106,7 @@ class PrefixConfig:
     window: int = 144
     repeats: int = 3
     repeat_decay: float = 0.6
+    similar: int = 8
     earlier_width: int = 64
     reach: int = 8
     layer_decay: float = 0.5
@@ -126,11 +128,13 @@ class PrefixConfig:
         )
         for name in sizes:
             demand(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        demand(self.similar >= 0, "similar", self.similar, "0 or more")
         demand(
-            self.window >= max(self.repeats, self.recent_tokens),
+            self.window >= max(self.repeats, self.recent_tokens, self.similar),
             "window",
             self.window,
-            f"at least repeats ({self.repeats}) and recent_tokens ({self.recent_tokens})",
+            f"at least repeats ({self.repeats}), similar ({self.similar}) and "
+            f"recent_tokens ({self.recent_tokens})",
         )
         demand(0 < self.layer_decay < 1, "layer_decay", self.layer_decay, "between 0 and 1")
         for name in ("repeat_decay", "dropout", "input_dropout"):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int16, Int64
+from jaxtyping import Bool, Float, Float16, Float32, Int, Int16, Int64
 from torch import Tensor
 
 from traces.spec import RoutingSpec
@@ -21,6 +21,7 @@ from training.augmentation import Change
 from training.config import PrefixConfig
 from training.examples import Examples
 from training.repeats import place_weights, places, spread
+from training.similar import Window, without_ids
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class Batch:
     routing: by layer, in channel 0 a 1 for each routed expert, in channel 1 its `gate_offsets`; else 0.
     averages: of channel 0 over earlier tokens of the sequence, one for each decay.
     repeats: of channel 0 over earlier places of this token (`training.repeats`).
+    window, alike: experts of the tokens before, newest first, and what they have in common with this one
+    (`training.similar`); W is 0 where the predictor does not look at them.
     token_ids: ids of this token and of the tokens before it, -1 where unknown or before the start.
     """
 
     routing: Float[Tensor, "B L 2 E"]
     averages: Float[Tensor, "B S L E"]
     repeats: Float[Tensor, "B 2 L E"]
+    window: Int[Tensor, "B W L K"]
+    alike: Int[Tensor, "B W"]
     token_ids: Int64[Tensor, "B R"]
 
     @property
@@ -53,6 +58,8 @@ class Batch:
             self.routing,
             self.averages * ~history[:, None, None, None],
             self.repeats * ~(history | ids)[:, None, None, None],
+            self.window,
+            without_ids(self.alike, ids) * ~history[:, None],
             self.token_ids.masked_fill(ids[:, None], -1),
         )
 
@@ -63,6 +70,8 @@ class Batch:
             change.inputs(told.transpose(1, 2)).transpose(1, 2),
             change.inputs(self.averages),
             change.inputs(self.repeats),
+            change.ids(self.window),
+            without_ids(self.alike, change.permuted),
             self.token_ids.masked_fill(change.permuted[:, None], -1),
         )
 
@@ -95,6 +104,7 @@ class Blocks(Examples[Batch]):
         self.first, self.length, self._begins = cut(trace.starts, block_tokens)
         self._places = places(trace, config.window, config.repeats)
         self._place_weights = place_weights(config.repeats, config.repeat_decay)
+        self._looks_back = Window(trace, config.window if config.similar else 0)
         self._inside = decay_kernel(self.decays, block_tokens)
         self._start = self._averages_at_start()
 
@@ -110,6 +120,8 @@ class Blocks(Examples[Batch]):
             routing=torch.stack([self._routed(tokens), torch.from_numpy(offsets)], 2),
             averages=averages,
             repeats=self._repeats(tokens),
+            window=torch.from_numpy(self._looks_back.experts(tokens)),
+            alike=torch.from_numpy(self._looks_back.alike(tokens)),
             token_ids=torch.from_numpy(self.token_ids[tokens]),
         )
 

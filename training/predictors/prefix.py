@@ -7,7 +7,8 @@ of the earlier places of this very token (`training.repeats`). The maps take two
 embedding they share; and past it, straight to the logits, each layer of each map times a number that the
 trunk says. Two maps more take the second way alone. One is what is usual for a token, which is learnt, from
 its id and from the pair it makes with the token before it. The other is what the layers seen say of the next
-R layers: a number for every pair of an expert seen and an expert of one of those.
+R layers: a number for every pair of an expert seen and an expert of one of those. Where asked for, there is a
+third: the routing of the tokens that were routed most like this one so far (`training.similar`).
 
     t = T[id] + T[pair]
     a_l = sum_k A[l, e_k] + offset(gate_k) A'[l, e_k]            l: a layer seen
@@ -36,6 +37,7 @@ from training.dropout import dropout
 from training.errors import ConfigInvalid
 from training.predictors.predictor import Predictor
 from training.repeats import ORDERS
+from training.similar import BEGINNING, routing_of_similar, scores, shared
 from training.vocabulary import Vocabulary
 
 # A token seen only a few times should say little, not something at random.
@@ -81,12 +83,15 @@ class PrefixPredictor(Predictor):
         self.reads_ids = bool(len(vocabulary.known))
         outputs, width = spec.num_layers * spec.num_experts, config.width
         earlier_maps = len(config.decays) + (ORDERS if self.reads_ids else 0)
-        self.maps = earlier_maps + self.reads_ids + 1
+        # Those that differ by the layers seen come last.
+        self.further = 1 + bool(config.similar)
+        self.maps = earlier_maps + self.reads_ids + self.further
         self.routing = nn.Linear(2 * outputs, width, bias=False)  # routed or not, and by how much
         self.reach = min(config.reach, spec.num_layers)
         self.pairs = nn.Parameter(
             torch.empty(spec.num_layers, 2, spec.num_experts, self.reach * spec.num_experts)
         )
+        self.likeness = nn.Embedding(spec.num_layers + 1, len(BEGINNING)) if config.similar else None
         self.fading = nn.Linear(width, width, bias=False)
         self.earlier = nn.Linear(outputs, config.earlier_width, bias=False)
         self.earlier_trunk = nn.Linear(config.earlier_width * earlier_maps, width, bias=False)
@@ -112,6 +117,8 @@ class PrefixPredictor(Predictor):
         nn.init.zeros_(self.copy.weight)
         nn.init.constant_(self.copy.bias, COPY)
         nn.init.constant_(self.copy.bias[earlier_maps * spec.num_layers :], COPY_LEARNT)
+        if self.likeness is not None:
+            self.likeness.weight.data[:] = torch.tensor(BEGINNING)
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
@@ -124,25 +131,29 @@ class PrefixPredictor(Predictor):
 
     def encode(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
-    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B Q L E"], Float[Tensor, "B P L E"]]:
-        """x, the maps that are the same for all prefixes, and the map of pairs."""
+    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B Q L E"], Float[Tensor, "B P F L E"]]:
+        """x, the maps that are the same for all prefixes, and the others: of pairs, of similar tokens."""
         maps, past = self.encode_past(batch, rows)
         x, pairs = self.encode_layers(batch, seen)
-        return past[:, None] + x + self.last_seen(seen), maps, pairs
+        further = [pairs]
+        if self.likeness is not None:
+            further += [self.encode_similar(batch, seen, self.likeness(seen))]
+        return past[:, None] + x + self.last_seen(seen), maps, torch.stack(further, 2)
 
     def answer(
         self,
         x: Float[Tensor, "B P D"],
         maps: Float[Tensor, "B Q L E"],
-        pairs: Float[Tensor, "B P L E"],
+        further: Float[Tensor, "B P F L E"],
     ) -> Float[Tensor, "B P L E"]:
         """Logits from what `encode` says."""
         spec = self.spec
         y = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
         logits = self.head(y).unflatten(-1, (spec.num_layers, spec.num_experts))
         shares = self.copy(y).unflatten(-1, (self.maps, spec.num_layers))
-        copied: Tensor = torch.einsum("bpql,bqle->bple", shares[:, :, :-1], maps)
-        return logits + copied + shares[:, :, -1, :, None] * pairs
+        alike, own = shares[:, :, : -self.further], shares[:, :, -self.further :]
+        copied: Tensor = torch.einsum("bpql,bqle->bple", alike, maps)
+        return logits + copied + (own[..., None] * further).sum(2)
 
     def encode_layers(
         self, batch: Batch, seen: Int64[Tensor, "B P"]
@@ -155,6 +166,15 @@ class PrefixPredictor(Predictor):
         x: Tensor = alike @ layers + self.fading(fading @ layers)
         pairs = alike @ ahead(torch.einsum("blce,lcef->blf", routing, self.pairs), spec)
         return x, pairs.unflatten(-1, (spec.num_layers, spec.num_experts))
+
+    def encode_similar(
+        self, batch: Batch, seen: Int64[Tensor, "B P"], weights: Float[Tensor, "B P 5"]
+    ) -> Float[Tensor, "B P L E"]:
+        """The routing of the tokens that were routed most like this one in its first `seen` layers."""
+        by_layer = shared(batch.targets, batch.window).transpose(1, 2)  # B L W
+        plain, lately = (of_layers[seen] @ by_layer for of_layers in self.layer_weights)
+        score = scores(weights, batch.alike, plain, lately)
+        return routing_of_similar(score, batch.window, self.config.similar, self.spec.num_experts)
 
     def encode_past(
         self, batch: Batch, rows: Int64[Tensor, "B R"]

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from jaxtyping import Float, Float16, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float16, Int, Int32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -23,6 +23,7 @@ from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
 from training.predictors.prefix import PrefixPredictor, ahead
+from training.predictors.similar_graphs import Similar, alike
 from training.repeats import ORDERS, place_weights
 from training.served import Served, tensor
 from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
@@ -42,10 +43,13 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
 
     state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
     in bytes; averages, the others, in half precision; ids of the window's tokens, newest first, + 1, 0 where
-    unknown, negative but for those that came after the same id as the next token does; routed, their experts.
+    unknown, negative but for those that came after the same id as the next token does; routed, their experts;
+    past, how many tokens of the window there are.
     token: start, what past and id add to x; repeats, their maps; usual, the map of what is usual for the
-    token; first_row, of the calibration tables.
-    progress: seen, the number of the last layer + 1; told, what the layers seen add to x, and their map.
+    token; first_row, of the calibration tables; alike, what each token of the window has in common with this
+    one (`training.similar`).
+    progress: seen, the number of the last layer + 1; told, what the layers seen add to x, and their map;
+    shared, how many experts each token of the window shares, in all and lately.
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
     spec, config = predictor.spec, predictor.config
@@ -54,26 +58,32 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     state += [tensor("previous", "uint8", 1, layers, experts)]
     state += [tensor("averages", "float16", len(config.decays) - 1, layers, experts)]
     token = [tensor("start", "float32", config.width)]
-    remembered: tuple[str, ...] = ()
+    progress = [tensor("seen", "int32"), tensor("told", "float32", 2 * config.width + layers * experts)]
     if predictor.reads_ids:
-        small = "uint8" if experts <= BYTE_VALUES else "int32"
         state += [tensor("ids", "int32", 1, config.window)]
+    if predictor.reads_ids or config.similar:
+        small = "uint8" if experts <= BYTE_VALUES else "int32"
         state += [tensor("routed", small, config.window, layers * spec.top_k)]
+    if predictor.reads_ids:
         token += [tensor("repeats", "uint8", ORDERS, layers, experts)]
         token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
-        remembered = ("ids", "routed")
+    if config.similar:
+        state += [tensor("past", "int32")]
+        token += [tensor("alike", "uint8", config.window)]
+        progress += [tensor("shared", "float32", config.window, 2)]
+    remembered = tuple(t.name for t in state[3:])
     begin, step = Begin(predictor, calibration), Step(predictor, calibration)
     return Served(
         graphs={PREDICT: Predict(begin, step), ADVANCE: Advance(predictor), BEGIN: begin, STEP: step},
         reads={
             PREDICT: ("context", "previous", "averages", *remembered),
             ADVANCE: ("averages", *remembered),
-            BEGIN: ("context", *remembered),
-            STEP: ("previous", "averages"),
+            BEGIN: ("context", *(remembered if predictor.reads_ids else remembered[1:])),
+            STEP: ("previous", "averages", *(["routed"] if config.similar else [])),
         },
         state=tuple(state),
         token=tuple(token),
-        progress=(tensor("seen", "int32"), tensor("told", "float32", 2 * config.width + layers * experts)),
+        progress=tuple(progress),
         exact=("fading",),  # step multiplies its table by it when it is loaded, predict what it adds up
     )
 
@@ -104,21 +114,24 @@ class Begin(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: the tensors of the state it reads, then token_id [B]. Returns the token's tensors."""
-        context, *past, token_id = inputs
+        context, *window, token_id = inputs
         predictor, spec = self.predictor, self.predictor.spec
         if not predictor.reads_ids:
-            return (context.clone(),)
+            return (context.clone(), *(alike(past, None, predictor.config.window) for past in window))
         number = _number(token_id)
         known = number > 0
-        ids, routed = past
-        repeats = self.repeats(ids, routed, torch.where(known, number, LIKE_NONE))
+        ids, routed, *counts = window
+        wanted = torch.where(known, number, LIKE_NONE)
+        same = torch.cat([ids.abs(), ids], 1) == wanted[:, None, None]  # B 2 T
+        repeats = self.repeats(routed, same)
         token = self.token(number, ids)
         told = torch.cat([token, predictor.earlier(repeats).flatten(1)], 1)
         start = torch.addmm(context, told, self.trunk.T)
         maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
         in_bytes = (maps * PER_WEIGHT + 0.5).to(torch.uint8)
         usual = predictor.usual(token).view(-1, 1, spec.num_layers, spec.num_experts)
-        return start, in_bytes, usual, self.calibration.first_row(known)
+        in_common = (alike(past, same, predictor.config.window) for past in counts)
+        return start, in_bytes, usual, self.calibration.first_row(known), *in_common
 
     def token(self, number: Int32[Tensor, "B"], ids: Int32[Tensor, "B 1 T"]) -> Float[Tensor, "B C"]:
         """The embedding of an id, and of the pair it makes with the newest one of the window."""
@@ -133,18 +146,14 @@ class Begin(nn.Module):
         return table.index_select(0, row) + table.index_select(0, pair)
 
     def repeats(
-        self,
-        ids: Int32[Tensor, "B 1 T"],
-        routed: Int[Tensor, "B T L*K"],
-        wanted: Int32[Tensor, "B"],
+        self, routed: Int[Tensor, "B T L*K"], same: Bool[Tensor, "B 2 T"]
     ) -> Float[Tensor, "B 2 L*E"]:
-        """`training.repeats` of the id that is wanted, from the window."""
+        """`training.repeats` of the window's tokens that are the same."""
         spec = self.predictor.spec
-        same = torch.cat([ids.abs(), ids], 1) == wanted[:, None, None]  # B 2 T
         newest, place = torch.where(same, self.newest_first, 0.0).topk(self.predictor.config.repeats)
         target = rows_at(routed, place).int() + self.first  # B 2 J L*K
         weights = torch.minimum(newest[..., None], self.weights)
-        empty = weights.new_zeros((wanted.shape[0], ORDERS * spec.num_layers * spec.num_experts))
+        empty = weights.new_zeros((same.shape[0], ORDERS * spec.num_layers * spec.num_experts))
         spread = empty.scatter_add(1, target.flatten(1), weights.flatten(1))
         return spread.unflatten(1, (ORDERS, -1))
 
@@ -176,16 +185,28 @@ class Step(nn.Module):
         if predictor.reads_ids:
             units[earlier : earlier + ORDERS] = 1 / PER_WEIGHT
         self.unit = nn.Buffer(units.repeat_interleave(spec.num_layers))
+        self.similar: Similar | None = None
+        if predictor.likeness is not None:
+            weights = predictor.likeness.weight
+            self.similar = Similar(spec, predictor.config, weights, self.rise, self.fade)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """inputs: previous, averages, the token's tensors, progress, layers [B, M], experts [B, M, K], gates.
+        """inputs: previous, averages, routed if similar tokens are looked for, the token's tensors, progress,
+        layers [B, M], experts [B, M, K], gates.
 
         Returns the next progress and the probabilities.
         """
-        previous, averages, *token, seen, told, layers, experts, gates = inputs
+        previous, averages, *others, layers, experts, gates = inputs
+        similar: list[Tensor] = []
+        if self.similar is None:
+            *token, seen, told = others
+        else:
+            routed, *token, in_common, seen, told, shared = others
+            similar = [routed, in_common, shared + self.similar.counted(routed, layers, experts)]
         last, sums = self.sums(layers, experts, gates)
         seen, told = torch.maximum(seen, last), told + sums
-        return seen, told, self.probabilities(previous, averages, token, seen, told)
+        logits, row = self.logits(previous, averages, token, seen, told, similar)
+        return seen, told, *similar[2:], self.calibration(logits, row)
 
     def sums(
         self, layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"], gates: Float[Tensor, "B M K"]
@@ -211,17 +232,6 @@ class Step(nn.Module):
         table = functional.pad(embeddings.flatten(2).flatten(0, 1), (0, 0, 1, 0))
         return functional.embedding(functional.embedding(layers + 1, self.layer_row) + experts, table)
 
-    def probabilities(
-        self,
-        previous: UInt8[Tensor, "B 1 L E"],
-        averages: Float16[Tensor, "B S L E"],
-        token: list[Tensor],
-        seen: Int32[Tensor, "B"],
-        told: Float[Tensor, "B 2*D+L*E"],
-    ) -> Float[Tensor, "B L E"]:
-        """Of every layer. token: the token's tensors."""
-        return self.calibration(*self.logits(previous, averages, token, seen, told))
-
     def logits(
         self,
         previous: UInt8[Tensor, "B 1 L E"],
@@ -229,8 +239,13 @@ class Step(nn.Module):
         token: list[Tensor],
         seen: Int32[Tensor, "B"],
         told: Float[Tensor, "B 2*D+L*E"],
+        similar: list[Tensor],
     ) -> tuple[Float[Tensor, "B L E"], Int32[Tensor, "B"]]:
-        """(logits of every layer, the rows of the calibration tables that go with them)."""
+        """(logits of every layer, the rows of the calibration tables that go with them).
+
+        token: the token's tensors, but for what the window has in common with it. similar: the window's
+        routing, what it has in common, and how many experts it shares; nothing where nobody looks.
+        """
         start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
         width = predictor.config.width
@@ -244,6 +259,9 @@ class Step(nn.Module):
             repeats, usual, first_row = ours
             maps, row = [*maps, repeats.float(), usual], seen + first_row
         maps += [pairs.view(-1, 1, spec.num_layers, spec.num_experts)]
+        if self.similar is not None:
+            routed, in_common, shared = similar
+            maps += [self.similar.routing(routed, in_common, shared, seen)]
         copy = predictor.copy
         said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
@@ -271,18 +289,24 @@ class Predict(nn.Module):
         self, *inputs: Tensor, further: Float[Tensor, "B D"] | None = None
     ) -> tuple[Float[Tensor, "B L E"], Int32[Tensor, "B"]]:
         """As `Step.logits`. further: what else is added to x."""
-        context, previous, averages, *past, token_id, experts, gates = inputs
-        start, *ours = self.begin(context, *past, token_id)
+        context, previous, averages, *window, token_id, experts, gates = inputs
+        reads_ids, looks = self.step.predictor.reads_ids, self.step.similar
+        start, *ours = self.begin(context, *(window if reads_ids else window[1:]), token_id)
+        layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
+        similar: list[Tensor] = []
+        if looks is not None:
+            *ours, in_common = ours
+            routed = window[reads_ids]
+            similar = [routed, in_common, looks.counted(routed, layers, experts)]
         token = [start if further is None else start + further, *ours]
-        return self.step.logits(previous, averages, token, *self.sums(experts, gates))
+        return self.step.logits(previous, averages, token, *self.sums(layers, experts, gates), similar)
 
     def sums(
-        self, experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
+        self, layers: Int32[Tensor, "B L"], experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
     ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
         """As `Step.sums`. Of all layers, reading less is worth a few operators more: no rows that rise, and
         products instead of rows of pairs."""
         step, weights = self.step, weights_of(gates)
-        layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
         rows = step.rows(step.of_share @ step.routing, layers, experts)
         rising = sum_of_rows(weights * step.rise[:, None, None], rows) @ step.fading
         told = [sum_of_rows(weights, rows), rising, self.pairs(experts, weights)]
@@ -322,27 +346,30 @@ class Advance(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: the tensors of the state it reads, token_id, experts, and gates, of no use to it."""
-        averages, *past, token_id, experts, _ = inputs
+        averages, *window, token_id, experts, _ = inputs
         shape = averages.shape[-2:]
         by_slot = functional.embedding(experts.mT, self.one_hot).flatten(2)  # B K L*E
         routed = self.ones @ by_slot  # a sum, cheaper so
         averages = self.keep * averages.float().flatten(2) + self.take * routed
         told = [self.predictor.earlier(torch.cat([routed, averages], 1)).flatten(1)]
         if self.predictor.reads_ids:
-            ids, window = past
-            *past, tokens = self._moved_on(ids, window, _number(token_id), experts)
+            ids, *window = window
+            ids, tokens = self._ids_moved_on(ids, _number(token_id))
             told += [tokens]
+        if window:
+            routed_before, *counts = window
+            newest = experts.flatten(1)[:, None].to(routed_before.dtype)
+            window = [torch.cat([newest, routed_before[:, :-1]], 1)]
+            window += [(past + 1).clamp(max=self.predictor.config.window) for past in counts]
+        if self.predictor.reads_ids:
+            window = [ids, *window]
         maps = routed.to(torch.uint8).unflatten(2, shape), averages.unflatten(2, shape).half()
-        return (torch.cat(told, 1) @ self.trunk.T, *maps, *past)
+        return (torch.cat(told, 1) @ self.trunk.T, *maps, *window)
 
-    def _moved_on(
-        self,
-        ids: Int32[Tensor, "B 1 T"],
-        routed: Int[Tensor, "B T L*K"],
-        number: Int32[Tensor, "B"],
-        experts: Int32[Tensor, "B L K"],
-    ) -> tuple[Int32[Tensor, "B 1 T"], Int[Tensor, "B T L*K"], Float[Tensor, "B R*C"]]:
-        """The window's next ids and experts, and the embeddings of its newest tokens."""
+    def _ids_moved_on(
+        self, ids: Int32[Tensor, "B 1 T"], number: Int32[Tensor, "B"]
+    ) -> tuple[Int32[Tensor, "B 1 T"], Float[Tensor, "B R*C"]]:
+        """The window's next ids, and the embeddings of its newest tokens."""
         earlier, newest = ids.abs(), number[:, None, None]
         before = torch.cat([newest, earlier[:, :, :-1]], 2)
         # The token before the one at a place was, a token ago, at the same place.
@@ -350,8 +377,7 @@ class Advance(nn.Module):
         recent = before[:, 0, : self.predictor.config.recent_tokens].clamp(max=len(self.row_of_id) - 1)
         rows = functional.embedding(recent, self.row_of_id.int())  # B R 1
         tokens = functional.embedding(rows, self.tokens)
-        window = torch.cat([experts.flatten(1)[:, None].to(routed.dtype), routed[:, :-1]], 1)
-        return torch.where(follows, before, -before), window, tokens.flatten(1)
+        return torch.where(follows, before, -before), tokens.flatten(1)
 
 
 def weights_of(gates: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K 2"]:

@@ -48,10 +48,10 @@ class PrefixHiddenPredictor(Predictor):
         self, batch: PrefixHiddenBatch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
     ) -> Float[Tensor, "B P L E"]:
         """Logits of every expert of every layer, for each token with its first `seen` layers known."""
-        x, maps, pairs = self.prefix.encode(batch.prefix, rows, seen)
+        x, maps, further = self.prefix.encode(batch.prefix, rows, seen)
         h = scaled(kept(batch.hidden.at(seen), self.config.drop_hidden, self.training))
         h = dropout(h, self.config.prefix.input_dropout, self.training)
-        return self.prefix.answer(x + self.inner(h), maps, pairs)
+        return self.prefix.answer(x + self.inner(h), maps, further)
 
 
 def served(predictor: PrefixHiddenPredictor, calibration: Calibration) -> Served:

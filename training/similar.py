@@ -1,0 +1,96 @@
+"""Tokens of the last few whose routing was most like this token's, as far as its layers were seen.
+
+Tokens of one text that were routed alike in some layers are routed alike in the next ones. So the last W
+tokens are ranked anew after each layer: by how many experts they share with this one, whether they are of the
+same id, and how long ago they were. The best ones' routing foretells this one's.
+
+Window -> window, alike of a training batch -> scores -> the most similar ones' routing, as a map [L, E]
+
+The predictor that does so is `training.predictors.prefix`; its `step` graph does the same from the state.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from jaxtyping import Bool, Float, Int, Int16, Int64, UInt8
+from torch import Tensor
+
+from traces.trace import RoutingTrace
+from training.repeats import spread
+
+# What a token of the window has in common with the present one.
+ABSENT, PRESENT, SAME_ID, SAME_PAIR = range(4)
+# The score of a token that is not there; half precision holds it.
+NEVER = -1e4
+# Weights, by layers seen: of an expert shared; of one shared lately, in the last layers; of the same id; of
+# the same id after the same id; of the logarithm of how many tokens ago.
+BEGINNING = (0.05, 0.3, 2.0, 1.0, -0.3)
+
+
+class Window:
+    """The W tokens before each token of a trace, newest first. W is 0 for those who do not look at them."""
+
+    def __init__(self, trace: RoutingTrace, tokens: int) -> None:
+        self._experts = trace.experts
+        self._ids = None if trace.token_ids is None else trace.token_ids.astype(np.int64)
+        self._position = np.arange(trace.num_tokens) - np.repeat(trace.starts[:-1], np.diff(trace.starts))
+        self._ages = np.arange(1, tokens + 1)
+
+    def experts(self, tokens: Int64[np.ndarray, "N"]) -> Int16[np.ndarray, "N W L K"]:
+        """What they were routed to; of those that are absent, anything."""
+        return self._experts[self._before(tokens)]
+
+    def alike(self, tokens: Int64[np.ndarray, "N"]) -> UInt8[np.ndarray, "N W"]:
+        """ABSENT, PRESENT, SAME_ID or SAME_PAIR."""
+        there = self._ages <= self._position[tokens, None]
+        if self._ids is None:
+            return there.astype(np.uint8)
+        ids = self._ids
+        same = there & (ids[self._before(tokens)] == ids[tokens, None]) & (ids[tokens, None] >= 0)
+        followed = same & (self._ages < self._position[tokens, None])
+        before = ids[np.maximum(tokens - 1, 0), None]
+        pair = followed & (ids[np.maximum(self._before(tokens) - 1, 0)] == before) & (before >= 0)
+        return there.astype(np.uint8) + same + pair
+
+    def _before(self, tokens: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N W"]:
+        return np.maximum(tokens[:, None] - self._ages, 0)
+
+
+def without_ids(alike: Int[Tensor, "B W"], hidden: Bool[Tensor, "B"]) -> Int[Tensor, "B W"]:
+    """The same, some tokens as if no id were known."""
+    return torch.where(hidden[:, None], alike.clamp(max=PRESENT), alike)
+
+
+def shared(routed: Float[Tensor, "B L E"], window: Int[Tensor, "B W L K"]) -> Float[Tensor, "B W L"]:
+    """How many experts each token of the window has in common with this one, by layer."""
+    of_window = routed[:, None].expand(-1, window.shape[1], -1, -1)
+    return of_window.gather(-1, window.long()).sum(-1)
+
+
+def scores(
+    weights: Float[Tensor, "B P 5"],
+    alike: Int[Tensor, "B W"],
+    plain: Float[Tensor, "B P W"],
+    lately: Float[Tensor, "B P W"],
+) -> Float[Tensor, "B P W"]:
+    """How similar each token of the window is, for each prefix of layers seen.
+
+    weights: those of the prefix. plain, lately: experts shared in the layers seen, and fading with their
+    distance from the last one.
+    """
+    same, pair = ((alike >= kind).to(weights)[:, None] for kind in (SAME_ID, SAME_PAIR))
+    age = torch.log(torch.arange(1, alike.shape[1] + 1, device=alike.device, dtype=weights.dtype))
+    shared_all, shared_lately, of_id, of_pair, of_age = weights[..., None].unbind(2)
+    score = shared_all * plain + shared_lately * lately + of_id * same + of_pair * pair + of_age * age
+    return score.masked_fill((alike == ABSENT)[:, None], NEVER)
+
+
+def routing_of_similar(
+    score: Float[Tensor, "B P W"], window: Int[Tensor, "B W L K"], count: int, num_experts: int
+) -> Float[Tensor, "B P L E"]:
+    """The routing of the most similar ones, by the softmax of their scores; 0 stands for none of them."""
+    best, place = score.topk(count)
+    share = torch.nn.functional.pad(best, (0, 1)).softmax(-1)[..., :-1]
+    rows = torch.arange(len(window), device=window.device)[:, None, None]
+    return spread(window[rows, place], share, num_experts)
