@@ -37,7 +37,7 @@ from training.dropout import dropout
 from training.errors import ConfigInvalid
 from training.predictors.predictor import Predictor
 from training.repeats import ORDERS
-from training.similar import BEGINNING, routing_of_similar, scores, shared
+from training.similar import BEGINNING, PRESENT, routing_of_similar, scores, shared
 from training.vocabulary import Vocabulary
 
 # A token seen only a few times should say little, not something at random.
@@ -173,7 +173,8 @@ class PrefixPredictor(Predictor):
         """The routing of the tokens that were routed most like this one in its first `seen` layers."""
         by_layer = shared(batch.targets, batch.window).transpose(1, 2)  # B L W
         plain, lately = (of_layers[seen] @ by_layer for of_layers in self.layer_weights)
-        score = scores(weights, batch.alike, plain, lately)
+        in_common = batch.alike if self.reads_ids else batch.alike.clamp(max=PRESENT)
+        score = scores(weights, in_common, plain, lately)
         return routing_of_similar(score, batch.window, self.config.similar, self.spec.num_experts)
 
     def encode_past(

@@ -23,7 +23,7 @@ from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
 from training.predictors.prefix import PrefixPredictor, ahead
-from training.predictors.similar_graphs import Similar, alike
+from training.predictors.similar_graphs import Similar, alike, at_places
 from training.repeats import ORDERS, place_weights
 from training.served import Served, tensor
 from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
@@ -63,14 +63,14 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         state += [tensor("ids", "int32", 1, config.window)]
     if predictor.reads_ids or config.similar:
         small = "uint8" if experts <= BYTE_VALUES else "int32"
-        state += [tensor("routed", small, config.window, layers * spec.top_k)]
+        state += [tensor("routed", small, layers, config.window * spec.top_k)]
     if predictor.reads_ids:
         token += [tensor("repeats", "uint8", ORDERS, layers, experts)]
         token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
     if config.similar:
         state += [tensor("past", "int32")]
         token += [tensor("alike", "uint8", config.window)]
-        progress += [tensor("shared", "float32", config.window, 2)]
+        progress += [tensor("shared", "float32", 2, config.window)]
     remembered = tuple(t.name for t in state[3:])
     begin, step = Begin(predictor, calibration), Step(predictor, calibration)
     return Served(
@@ -104,10 +104,11 @@ class Begin(nn.Module):
         # From 2 down to above 1, more than a place can weigh: the lesser of both is the weight, or 0.
         self.newest_first = nn.Buffer(2 - torch.arange(config.window) / config.window)
         weights = place_weights(config.repeats, config.repeat_decay)
-        self.weights = nn.Buffer(weights[:, None].repeat(1, spec.num_layers * spec.top_k))
-        layer = torch.arange(spec.num_layers).repeat_interleave(spec.top_k)
-        first = (torch.arange(ORDERS)[:, None] * spec.num_layers + layer) * spec.num_experts
-        self.first = nn.Buffer(first[:, None].int())  # 2 1 L*K
+        of_slots = weights[:, None].expand(ORDERS, spec.num_layers, -1, -1).transpose(0, 1).flatten(1, 2)
+        self.weights = nn.Buffer(of_slots.repeat(1, 1, spec.top_k))  # L 2*J K
+        order = torch.arange(ORDERS).repeat_interleave(config.repeats * spec.top_k) * spec.num_layers
+        first = (torch.arange(spec.num_layers)[:, None] + order) * spec.num_experts
+        self.first = nn.Buffer(first)  # L 2*J*K
         token = predictor.token_trunk.weight[:, : config.token_width]
         repeats = predictor.earlier_trunk.weight[:, config.earlier_width * len(config.decays) :]
         self.trunk = nn.Buffer(torch.cat([token, repeats], 1).detach())
@@ -146,13 +147,13 @@ class Begin(nn.Module):
         return table.index_select(0, row) + table.index_select(0, pair)
 
     def repeats(
-        self, routed: Int[Tensor, "B T L*K"], same: Bool[Tensor, "B 2 T"]
+        self, routed: Int[Tensor, "B L T*K"], same: Bool[Tensor, "B 2 T"]
     ) -> Float[Tensor, "B 2 L*E"]:
         """`training.repeats` of the window's tokens that are the same."""
         spec = self.predictor.spec
         newest, place = torch.where(same, self.newest_first, 0.0).topk(self.predictor.config.repeats)
-        target = rows_at(routed, place).int() + self.first  # B 2 J L*K
-        weights = torch.minimum(newest[..., None], self.weights)
+        target = at_places(routed, place.flatten(1), spec.top_k).long() + self.first  # B L 2*J*K
+        weights = torch.minimum(newest.flatten(1)[:, None, :, None], self.weights)
         empty = weights.new_zeros((same.shape[0], ORDERS * spec.num_layers * spec.num_experts))
         spread = empty.scatter_add(1, target.flatten(1), weights.flatten(1))
         return spread.unflatten(1, (ORDERS, -1))
@@ -202,7 +203,8 @@ class Step(nn.Module):
             *token, seen, told = others
         else:
             routed, *token, in_common, seen, told, shared = others
-            similar = [routed, in_common, shared + self.similar.counted(routed, layers, experts)]
+            rows = rows_at(routed, layers.clamp(min=0).long())
+            similar = [routed, in_common, shared + self.similar.counted(rows, layers, experts)]
         last, sums = self.sums(layers, experts, gates)
         seen, told = torch.maximum(seen, last), told + sums
         logits, row = self.logits(previous, averages, token, seen, told, similar)
@@ -358,8 +360,8 @@ class Advance(nn.Module):
             told += [tokens]
         if window:
             routed_before, *counts = window
-            newest = experts.flatten(1)[:, None].to(routed_before.dtype)
-            window = [torch.cat([newest, routed_before[:, :-1]], 1)]
+            newest, leaving = experts.to(routed_before.dtype), experts.shape[2]
+            window = [torch.cat([newest, routed_before[:, :, :-leaving]], 2)]
             window += [(past + 1).clamp(max=self.predictor.config.window) for past in counts]
         if self.predictor.reads_ids:
             window = [ids, *window]

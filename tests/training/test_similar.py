@@ -1,0 +1,129 @@
+"""Which earlier tokens are like the present one, by plain loops, and what is foretold by them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.training.toy_routing import SPEC, toy_trace
+from tests.training.toy_run import PREDICTOR
+from training.augmentation import draw_change
+from training.config import TrainConfig
+from training.dataset import Blocks
+from training.repeats import spread
+from training.similar import (
+    ABSENT,
+    NEVER,
+    PRESENT,
+    SAME_ID,
+    SAME_PAIR,
+    Window,
+    routing_of_similar,
+    scores,
+    shared,
+    without_ids,
+)
+
+TRACE = toy_trace((30, 12, 1), seed=9)
+WINDOW = 8
+WEIGHTS = (0.1, 0.7, 2.0, 0.5, -0.3)
+
+
+def in_common(token: int, back: int) -> int:
+    """Of the token so many before this one."""
+    starts, ids = TRACE.starts, TRACE.token_ids
+    assert ids is not None
+    begin = int(starts[np.searchsorted(starts, token, side="right") - 1])
+    other = token - back
+    if other < begin:
+        return ABSENT
+    if ids[other] != ids[token]:
+        return PRESENT
+    return SAME_PAIR if other > begin and ids[other - 1] == ids[token - 1] else SAME_ID
+
+
+def test_what_a_window_has_in_common_is_what_plain_loops_find() -> None:
+    tokens = np.arange(TRACE.num_tokens)
+    window = Window(TRACE, WINDOW)
+    expected = [[in_common(token, back) for back in range(1, WINDOW + 1)] for token in tokens.tolist()]
+    alike = window.alike(tokens)
+    assert alike.tolist() == expected
+    assert {ABSENT, PRESENT, SAME_ID, SAME_PAIR} == set(np.unique(alike))
+    token, back = np.argwhere(alike > ABSENT)[-1]
+    assert np.array_equal(window.experts(tokens)[token, back], TRACE.experts[token - back - 1])
+
+
+def test_without_ids_there_are_tokens_and_nothing_in_common() -> None:
+    tokens = np.arange(TRACE.num_tokens)
+    alike = Window(TRACE, WINDOW).alike(tokens)
+    unknown = Window(replace(TRACE, token_ids=None), WINDOW).alike(tokens)
+    assert np.array_equal(unknown, np.minimum(alike, PRESENT))
+    hidden = torch.from_numpy(tokens % 2 == 0)
+    some = without_ids(torch.from_numpy(alike), hidden).numpy()
+    assert np.array_equal(some, np.where(tokens[:, None] % 2, alike, unknown))
+
+
+def made_up(seed: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(routed [2, L, E], window [2, W, L, K]) of two tokens."""
+    rng = np.random.default_rng(seed)
+    drawn = rng.permuted(np.tile(np.arange(SPEC.num_experts), (2, WINDOW + 1, SPEC.num_layers, 1)), axis=-1)
+    experts = torch.from_numpy(drawn[..., : SPEC.top_k])
+    routed = torch.zeros(2, SPEC.num_layers, SPEC.num_experts).scatter_(-1, experts[:, 0], 1.0)
+    return routed, experts[:, 1:]
+
+
+@settings(deadline=None, max_examples=30)
+@given(st.integers(0, 2**32 - 1), st.integers(0, SPEC.num_layers))
+def test_a_score_is_what_plain_loops_add_up(seed: int, seen: int) -> None:
+    routed, window = made_up(seed)
+    alike = torch.from_numpy(np.random.default_rng(seed).integers(0, 4, (2, WINDOW)))
+    by_layer = shared(routed, window).transpose(1, 2)
+    fading = torch.tensor(
+        [0.5 ** (seen - 1 - layer) if layer < seen else 0.0 for layer in range(SPEC.num_layers)]
+    )
+    plain, lately = ((fading > 0).float() @ by_layer)[:, None], (fading @ by_layer)[:, None]
+    came = scores(torch.tensor(WEIGHTS).expand(2, 1, -1), alike, plain, lately)
+    of_expert, of_late, of_id, of_pair, of_age = WEIGHTS
+    for token, place in np.ndindex(2, WINDOW):
+        kind = int(alike[token, place])
+        score = of_age * np.log(place + 1) + of_id * (kind >= SAME_ID) + of_pair * (kind == SAME_PAIR)
+        for layer in range(seen):
+            now = set(routed[token, layer].nonzero().ravel().tolist())
+            both = len(now & set(window[token, place, layer].tolist()))
+            score += both * (of_expert + of_late * 0.5 ** (seen - 1 - layer))
+        assert float(came[token, 0, place]) == pytest.approx(score if kind else NEVER, abs=1e-4)
+
+
+def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
+    _, window = made_up(1)
+    score = torch.full((2, 1, WINDOW), NEVER)
+    score[0, 0, 5], score[0, 0, 2], score[0, 0, 1] = 2.0, 1.0, 0.5
+    came = routing_of_similar(score, window, 2, SPEC.num_experts)
+    total = np.exp(2) + np.exp(1) + 1  # one stands for none of them
+    weights = torch.tensor([[np.exp(2) / total, np.exp(1) / total]], dtype=torch.float32)
+    expected = spread(window[:1, [5, 2]], weights, SPEC.num_experts)
+    torch.testing.assert_close(came[:1, 0], expected)
+    assert not came[1].any()  # of nobody
+
+
+def test_permuted_experts_are_permuted_in_the_window_too() -> None:
+    blocks = Blocks(TRACE, 4, replace(PREDICTOR, similar=2))
+    batch = blocks.draw(np.arange(3), np.zeros(3, bool))
+    torch.manual_seed(0)
+    change = draw_change(TrainConfig(permute_experts=1.0), TRACE.spec, torch.from_numpy(blocks.length[:3]))
+    assert change is not None
+    changed = batch.changed(change)
+    ones = torch.ones(batch.window.shape[:2])
+    before = spread(batch.window, ones, SPEC.num_experts)[:, None]
+    torch.testing.assert_close(spread(changed.window, ones, SPEC.num_experts)[:, None], change.inputs(before))
+    assert int(changed.alike.max()) == PRESENT < int(batch.alike.max())
+
+
+def test_who_does_not_look_is_shown_nothing() -> None:
+    batch = next(Blocks(TRACE, 4, replace(PREDICTOR, similar=0)).in_order(8))
+    assert batch.window.shape[1] == batch.alike.shape[1] == 0
