@@ -17,8 +17,13 @@ from speculation.session import open_session
 
 Array = np.ndarray[Any, Any]
 DTYPES = {"token_id": np.int64, "experts": np.int32, "gates": np.float32}
-ZEROS_OF = {"tensor(float)": np.float32, "tensor(int32)": np.int32, "tensor(int64)": np.int64}
-ZEROS_OF["tensor(uint8)"] = np.uint8
+ZEROS_OF = {
+    "tensor(float16)": np.float16,
+    "tensor(float)": np.float32,
+    "tensor(int32)": np.int32,
+    "tensor(int64)": np.int64,
+    "tensor(uint8)": np.uint8,
+}
 
 
 class Graph:
