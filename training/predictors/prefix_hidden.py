@@ -22,7 +22,7 @@ from training.calibration import Calibration
 from training.dropout import dropout
 from training.hidden_states import PrefixHiddenBatch
 from training.predictor_configs import PrefixHiddenConfig
-from training.predictors import prefix_graphs
+from training.predictors import prefix_graphs, prefix_past_graphs
 from training.predictors.predictor import Predictor
 from training.predictors.prefix import PrefixPredictor
 from training.predictors.probes import is_told, kept, scaled
@@ -66,7 +66,7 @@ class Predict(nn.Module):
 
     def __init__(self, predictor: PrefixHiddenPredictor, calibration: Calibration) -> None:
         super().__init__()
-        begin = prefix_graphs.Begin(predictor.prefix, calibration)
+        begin = prefix_past_graphs.Begin(predictor.prefix, calibration)
         step = prefix_graphs.Step(predictor.prefix, calibration)
         self.routing = prefix_graphs.Predict(begin, step)
         self.inner, self.calibration = predictor.inner, calibration
