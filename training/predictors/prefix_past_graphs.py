@@ -1,4 +1,4 @@
-"""The `prefix` predictor as it is served, between two tokens: `Advance`, what a finished one leaves behind, and
+"""The `prefix` predictor as it is served, between tokens: `Advance`, what a finished one leaves behind, and
 `Begin`, what the next one's id adds.
 
 Part of `training.predictors.prefix_graphs`.
