@@ -66,7 +66,7 @@ class InferInput(Part):
 
     name: str
     shape: Annotated[list[Annotated[int, Field(ge=0, le=MAX_INT64)]], FailFast()]
-    datatype: str = Field(description="As the model's metadata says: INT64, INT32, UINT8 or FP32.")
+    datatype: str = Field(description="As the model's metadata says: INT64, INT32, UINT8, FP16 or FP32.")
     parameters: Annotated[InputParameters, BeforeValidator(_supported)] | None = None
     data: list[Any] | None = Field(None, description="Numbers, flat or nested as the shape says.")
 

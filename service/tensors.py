@@ -34,7 +34,7 @@ class TensorSpec(NamedTuple):
 
     @property
     def datatype(self) -> str:
-        """The protocol's name of the numbers: FP32, INT64, UINT8."""
+        """The protocol's name of the numbers: FP16, FP32, INT64, UINT8."""
         return f"{_KINDS[self.dtype.kind]}{8 * self.dtype.itemsize}"
 
 

@@ -72,7 +72,7 @@ TENSOR = {"name": "told", "dtype": "float32", "shape": [3]}
         ({"state": [STATE | {"name": "../x"}]}, r"state.0.name: String should match pattern .*, came '../x'"),
         (
             {"state": [STATE | {"dtype": "object"}]},
-            "state.0.dtype: Input should be 'float32', 'int32', 'int64' or 'uint8'",
+            "state.0.dtype: Input should be 'float16', 'float32', 'int32', 'int64' or 'uint8'",
         ),
         ({"state": [STATE | {"shape": [1 << 12, 1 << 12]}]}, "16777216 elements, expected 4194304 at most"),
         ({"token": [STATE], "progress": [STATE]}, "two inputs have the name average"),

@@ -12,7 +12,7 @@ from tests.toy_version import TOY_SPEC
 PATH = "/v2/models/toy/infer"
 HEADER = "Inference-Header-Content-Length"
 LAYERS, EXPERTS, TOP_K = TOY_SPEC.num_layers, TOY_SPEC.num_experts, TOY_SPEC.top_k
-DATATYPES = {"float32": "FP32", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
+DATATYPES = {"float16": "FP16", "float32": "FP32", "int32": "INT32", "int64": "INT64", "uint8": "UINT8"}
 
 
 def made_up(batch: int, *, seed: int = 0) -> dict[str, np.ndarray]:
