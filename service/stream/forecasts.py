@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-from jaxtyping import Float32, Integer
+from jaxtyping import Float32, Integer, UInt16
 
 from service.answers import DEFAULT_TOP_K_MULTIPLE
 from service.errors import MessageInvalid
@@ -32,6 +32,7 @@ class Forecasts:
         _check(hello, running)
         self._top_n = hello.top_n or min(self._spec.num_experts, DEFAULT_TOP_K_MULTIPLE * self._spec.top_k)
         self._sets = None if hello.coverage is None else running.speculator.coverage_sets(hello.coverage)
+        self._alike: UInt16[np.ndarray, "1 L"] = np.full((1, self._spec.num_layers), self._top_n, np.uint16)
 
     def rankings(
         self,
@@ -45,7 +46,7 @@ class Forecasts:
         layers = slice(due.seen, self._end(due.seen))
         ahead = probabilities[:, layers]
         sizes = self._sizes(probabilities, due.seen, layers)
-        width = int(sizes.max())
+        width = self._top_n if self._sets is None else int(sizes.max())
         experts, ranked = rank(ahead, width)
         head = (due.tag, due.seen, dropped, names, tokens)
         if self._hello.per_sequence:
@@ -62,7 +63,8 @@ class Forecasts:
     ) -> Integer[np.ndarray, "n m"]:
         if self._sets is not None:
             return self._sets.sizes(probabilities, seen)[:, layers]
-        return np.full((len(probabilities), layers.stop - layers.start), self._top_n)
+        sizes: UInt16[np.ndarray, "n m"] = self._alike[:, layers]  # of one sequence nothing need be made
+        return sizes if len(probabilities) == 1 else sizes.repeat(len(probabilities), 0)
 
     def _end(self, seen: int) -> int:
         ahead = self._hello.ahead
