@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Int
 from tqdm import tqdm
 
+from speculation.adaptive_coverage import AdaptiveCoverage
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
@@ -104,12 +105,15 @@ def evaluate(
     progress: draw bars on standard error.
 
     Raises SpecMismatch where the trace is of another shape than the version, EvaluationError where it has no
-    token, ForecastInvalid for a probability that is not finite.
+    token, ForecastInvalid for a probability that is not finite, CoverageUnknown where sets without thresholds
+    are to learn.
     """
     manifest = speculator.manifest
     check_same_shape(trace.spec, speculator.spec, f"{speculator.spec.model} version {manifest.version}")
     if not trace.num_tokens:
         raise EvaluationError("The trace has no token.", remedy="Give a trace with one sequence at least.")
+    if adapt:
+        AdaptiveCoverage(speculator)  # refuses what it cannot move, before anything takes long
     metrics, domains = Metrics(speculator.spec, coverage=manifest.coverage), DomainRecall(trace)
     forecasts = of_speculator(speculator, trace, every=every)
     for forecast in _shown(forecasts, trace, every, "the version", progress):

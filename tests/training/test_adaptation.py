@@ -1,14 +1,17 @@
 """What evaluation says of coverage sets with adaptation: as counted by metrics, and better under a shift."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from speculation.errors import CoverageUnknown
 from speculation.runtime import Speculator
 from tests.toy_version import toy_stored
 from tests.training.toy_routing import toy_trace
 from training import adaptation
 from training.adaptation import ALL, Told, adaptation_report, adapted, shares, told
-from training.evaluate import score_version
+from training.evaluate import evaluate, score_version
 
 TRACE = toy_trace((300, 200), seed=4)
 
@@ -61,6 +64,17 @@ def test_long_traces_are_told_of_fewer_tokens(
     fewer = told(speculator, TRACE)
     assert fewer.rows.tolist() == list(range(0, TRACE.num_tokens, 2))
     assert np.array_equal(fewer.needed, whole.needed[::2])
+
+
+def test_a_version_without_thresholds_is_refused_before_anything_is_scored(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    stored = toy_stored()
+    coverage = stored.manifest.coverage.model_copy(update={"thresholds": ()})
+    manifest = stored.manifest.model_copy(update={"coverage": coverage})
+    monkeypatch.setattr("training.evaluate.of_speculator", None)
+    with pytest.raises(CoverageUnknown, match="toy/1 has no thresholds"):
+        evaluate(Speculator(replace(stored, manifest=manifest), provider="cpu"), TRACE, adapt=True)
 
 
 def test_shares_are_over_forecasts_alone() -> None:
