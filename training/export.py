@@ -96,7 +96,13 @@ def trained(run: Run, folder: Path) -> tuple[TrainedPredictor, float]:
             f"{folder} was interrupted before its first look at the validation split.",
             remedy="Go on with it: specmoe train --resume.",
         )
-    predictor.load_state_dict(saved["best_weights"])
+    try:
+        predictor.load_state_dict(saved["best_weights"])
+    except RuntimeError as error:  # many lines, the first of which names the class alone
+        raise ExportFailed(
+            f"{folder} holds weights of another predictor: {str(error).splitlines()[1].strip()}",
+            remedy="It was trained by another specMoE: export it there, or train it again.",
+        ) from error
     return predictor.eval(), float(saved["seconds"])
 
 

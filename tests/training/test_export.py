@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,16 @@ def test_a_batch_of_steps_equals_its_rows(speculator: Speculator) -> None:
         one = slice(row, row + 1)
         alone = step_through(Steps(speculator), [a[one] for a in state], *(a[one] for a in token), at_once=1)
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
+
+
+def test_weights_of_another_predictor_are_refused(published: Path, tmp_path: Path) -> None:
+    shutil.copytree(published / "run", tmp_path / "run")
+    run = read_run(tmp_path / "run")
+    other = replace(run, predictor_config=replace(run.predictor_config, similar=0))
+    with pytest.raises(
+        ExportFailed, match=r"run holds weights of another predictor: .*likeness.*train"
+    ):
+        trained(other, tmp_path / "run")
 
 
 def test_a_sequence_carries_only_what_is_needed(speculator: Speculator) -> None:

@@ -220,7 +220,7 @@ class Predict(nn.Module):
         similar: list[Tensor] = []
         if looks is not None:
             *ours, in_common = ours
-            routed = window[reads_ids]
+            routed = window[1] if reads_ids else window[0]
             similar = [routed, in_common, looks.counted(routed, layers, experts)]
         token = [start if further is None else start + further, *ours]
         return self.step.logits(previous, averages, token, *self.sums(layers, experts, gates), similar)
