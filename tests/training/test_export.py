@@ -136,9 +136,7 @@ def test_weights_of_another_predictor_are_refused(published: Path, tmp_path: Pat
     shutil.copytree(published / "run", tmp_path / "run")
     run = read_run(tmp_path / "run")
     other = replace(run, predictor_config=replace(run.predictor_config, similar=0))
-    with pytest.raises(
-        ExportFailed, match=r"run holds weights of another predictor: .*likeness.*train"
-    ):
+    with pytest.raises(ExportFailed, match=r"run holds weights of another predictor: .*likeness.*train"):
         trained(other, tmp_path / "run")
 
 
