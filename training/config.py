@@ -32,6 +32,7 @@ class TrainConfig:
     noise: standard deviation of a factor on every weight of the inputs (1).
     evaluate_every: passes between two looks at the validation split (count).
     patience: looks without a better validation loss before the run stops early (count).
+    precision: of products while training; bfloat16 is faster where the hardware has it (float32 or bfloat16).
     seed: of every random choice (integer).
     """
 
@@ -56,6 +57,7 @@ class TrainConfig:
     noise: float = 0.0
     evaluate_every: int = 1
     patience: int = 4
+    precision: str = "float32"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -70,6 +72,7 @@ class TrainConfig:
         demand(0 <= self.permute_experts <= 1, "permute_experts", self.permute_experts, "0 to 1")
         demand(0 <= self.mixup <= 10, "mixup", self.mixup, "0 to 10")
         demand(0 <= self.noise <= 1, "noise", self.noise, "0 to 1")
+        demand(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
         demand(
             self.batch_tokens % self.block_tokens == 0,
             "batch_tokens",

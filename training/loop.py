@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from training.augmentation import draw_change
 from training.config import TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.examples import Batch, Examples
-from training.loss import set_loss, top_one_loss, unseen, weighted
+from training.loss import set_loss, top_one_loss, unseen, weighted, weighted_next
 from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
 from training.predictors.predictor import Predictor
@@ -118,7 +119,7 @@ class Trainer:
         """One step. Returns its loss, the mean over all processes."""
         plan = plan_step(self.train, self.config, self.step)
         lengths = torch.from_numpy(self.train.length[plan.blocks])
-        weight = _total_weight(plan, lengths, self.train.spec.num_layers, self.config.near)
+        weight = self._total_weight(plan, lengths)
         torch.manual_seed(hash((self.config.seed, self.step, self.where.rank)) & 0xFFFFFFFF)
         rate = schedule(self.step, self.total_steps, self.config.warmup_steps, self.config.restarts)
         for group in self.optimizer.param_groups:
@@ -159,8 +160,36 @@ class Trainer:
         rows[rare, :-1] = vocabulary.shared_rows(ids[rare])
         rows[rare | lone, -1] = UNKNOWN_ROW
         seen = torch.from_numpy(plan.seen[inside])
-        weight = weighted(seen, self.train.spec.num_layers, self.config.near)
-        return self._summed_loss(self.predictor, batch, targets, torch.from_numpy(rows), seen, weight)[0]
+        layers, near = self.train.spec.num_layers, self.config.near
+        with self._precision():
+            if not self._asks_all:
+                weight = weighted(seen, layers, near)
+                told = self._to_device(batch, targets, torch.from_numpy(rows), seen, weight)
+                return self._summed_loss(self.predictor, *told)[0]
+            next_weight = weighted_next(layers, near, self.config.prefixes).expand(len(rows), -1, -1)
+            batch, targets, known, seen, weight, next_weight = self._to_device(
+                batch, targets, torch.from_numpy(rows), seen, unseen(seen, layers), next_weight
+            )
+            logits, of_next = self.predictor.with_next(batch, known, seen)
+            return self._set_loss(logits, targets, weight) + self._set_loss(of_next, targets, next_weight)
+
+    @property
+    def _asks_all(self) -> bool:
+        """Whether the layers just ahead are asked about with every number of layers seen."""
+        return self.config.near > 0 and self.predictor.nearest > 0
+
+    def _to_device(self, *told: Any) -> list[Any]:
+        return [tensor.to(self.where.device) for tensor in told]
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        """In which products are worked out."""
+        # Casts that are kept for the backward pass would be kept from the step before, too.
+        return torch.autocast(
+            self.where.device.type,
+            dtype=torch.bfloat16,
+            enabled=self.config.precision == "bfloat16",
+            cache_enabled=False,
+        )
 
     def _summed_loss(
         self,
@@ -171,14 +200,28 @@ class Trainer:
         seen: Int64[Tensor, "B P"],
         weight: Float[Tensor, "B P L"],
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "*M B P L E"], Float[Tensor, "B L E"]]:
-        """Loss, logits and targets, on this process's device. Of M answers, the loss is the mean."""
-        batch = batch.to(self.where.device)
-        targets, rows, seen, weight = (
-            tensor.to(self.where.device) for tensor in (targets, rows, seen, weight)
-        )
+        """Loss, logits and targets. Of M answers, the loss is the mean."""
         logits = predictor(batch, rows, seen)
-        loss = (top_one_loss if self.train.spec.top_k == 1 else set_loss)(logits, targets, weight)
+        loss = self._set_loss(logits, targets, weight)
         return loss * (targets.numel() * seen.shape[1] / logits.numel()), logits, targets
+
+    def _set_loss(
+        self,
+        logits: Float[Tensor, "*M B P L E"],
+        targets: Float[Tensor, "B L E"],
+        weight: Float[Tensor, "B P L"],
+    ) -> Float[Tensor, ""]:
+        return (top_one_loss if self.train.spec.top_k == 1 else set_loss)(logits.float(), targets, weight)
+
+    def _total_weight(self, plan: Plan, lengths: Int64[Tensor, "N"]) -> float:
+        """What all unseen layers of the step count together, over all processes."""
+        layers, near = self.train.spec.num_layers, self.config.near
+        inside = torch.arange(plan.seen.shape[1]) < lengths[:, None]
+        seen = torch.from_numpy(plan.seen)[inside]
+        if not self._asks_all:
+            return float(weighted(seen, layers, near).sum())
+        more = weighted_next(layers, near, self.config.prefixes).sum() * len(seen)
+        return float(unseen(seen, layers).sum() + more)
 
     @torch.no_grad()
     def look(self) -> Look:
@@ -194,9 +237,8 @@ class Trainer:
             rows = torch.from_numpy(self.predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
             prefixes = seen.expand(len(rows), -1)
             counted = unseen(prefixes, spec.num_layers)
-            loss, logits, targets = self._summed_loss(
-                self.average, batch, batch.targets, rows, prefixes, counted
-            )
+            told = self._to_device(batch, batch.targets, rows, prefixes, counted)
+            loss, logits, targets = self._summed_loss(self.average, *told)
             hits = targets[:, None].expand_as(logits).gather(-1, logits.topk(spec.top_k).indices).sum(-1)
             ahead = [hits[:, p, int(s)].sum() for p, s in enumerate(seen) if s > 0]
             weight = counted.sum()
@@ -287,12 +329,6 @@ def averaging(decay: float) -> Callable[[Any, Any, Any], None]:
         torch._foreach_lerp_(averages, weights, 1 - warm)
 
     return update
-
-
-def _total_weight(plan: Plan, lengths: Int64[Tensor, "N"], num_layers: int, near: float) -> float:
-    """What all unseen layers of the step count together, over all processes."""
-    inside = torch.arange(plan.seen.shape[1]) < lengths[:, None]
-    return float(weighted(torch.from_numpy(plan.seen)[inside], num_layers, near).sum())
 
 
 def _events(folder: Path, where: Processes, step: int) -> Any:

@@ -7,8 +7,8 @@ from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
 
-# Layers over which the weight of the next one falls by a factor of e.
-NEAR = 3.0
+# Layers over which the weight of the next one falls by a factor of e, and how many of them weigh more at all.
+NEAR, NEAREST = 3.0, 4
 
 
 def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:
@@ -24,7 +24,18 @@ def weighted(seen: Int64[Tensor, "B P"], num_layers: int, near: float) -> Float[
     """
     ahead = torch.arange(num_layers, device=seen.device) - seen[..., None]
     told = (seen > 0)[..., None]
-    return (ahead >= 0) * (1 + near * told * torch.exp(-ahead.clamp(min=0) / NEAR))
+    more = near * told * (ahead < NEAREST) * torch.exp(-ahead.clamp(min=0) / NEAR)
+    return (ahead >= 0) * (1 + more)
+
+
+def weighted_next(num_layers: int, near: float, prefixes: int) -> Float[Tensor, "A L"]:
+    """What `weighted` adds for near, of each layer 0 to A - 1 layers before its turn.
+
+    For every prefix, so much that it comes to the same as for so many drawn ones beside the empty one.
+    """
+    ahead = torch.arange(min(NEAREST, num_layers))[:, None]
+    told = torch.arange(num_layers) - ahead > 0
+    return near * told * torch.exp(-ahead / NEAR) * ((prefixes - 1) / num_layers)
 
 
 def top_one_loss(

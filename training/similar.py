@@ -11,6 +11,8 @@ The predictor that does so is `training.predictors.prefix`; its `step` graph doe
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int16, Int64, UInt8
@@ -23,6 +25,8 @@ from training.repeats import spread
 ABSENT, PRESENT, SAME_ID, SAME_PAIR = range(4)
 # The score of a token that is not there; half precision holds it.
 NEVER = -1e4
+# What every expert has to begin with: of these sums roots are taken, whose slope must not be infinite.
+LEAST = 1e-4
 # Weights, by layers seen: of an expert shared; of one shared lately, in the last layers; of the same id; of
 # the same id after the same id; of the logarithm of how many tokens ago.
 BEGINNING = (0.05, 0.3, 2.0, 1.0, -0.3)
@@ -86,11 +90,39 @@ def scores(
     return score.masked_fill((alike == ABSENT)[:, None], NEVER)
 
 
-def routing_of_similar(
-    score: Float[Tensor, "B P W"], window: Int[Tensor, "B W L K"], count: int, num_experts: int
-) -> Float[Tensor, "B P L E"]:
-    """The routing of the most similar ones, by the softmax of their scores; 0 stands for none of them."""
-    best, place = score.topk(count)
-    share = torch.nn.functional.pad(best, (0, 1)).softmax(-1)[..., :-1]
-    rows = torch.arange(len(window), device=window.device)[:, None, None]
-    return spread(window[rows, place], share, num_experts)
+@dataclass(frozen=True)
+class MostSimilar:
+    """The J most similar tokens: their places in the window, and what each of them counts.
+
+    By the softmax of their scores, beside a 0 that stands for none of them.
+    """
+
+    place: Int64[Tensor, "B P J"]
+    share: Float[Tensor, "B P J"]
+
+    @classmethod
+    def by(cls, score: Float[Tensor, "B P W"], count: int) -> MostSimilar:
+        """Those of the highest scores."""
+        best, place = score.topk(count)
+        return cls(place, torch.nn.functional.pad(best, (0, 1)).softmax(-1)[..., :-1])
+
+    def of(self, prefixes: Int64[Tensor, "B P"]) -> MostSimilar:
+        """Those of some of the prefixes."""
+        rows = torch.arange(len(prefixes), device=prefixes.device)[:, None]
+        return MostSimilar(self.place[rows, prefixes], self.share[rows, prefixes])
+
+    def routing(self, window: Int[Tensor, "B W L K"], num_experts: int) -> Float[Tensor, "B P L E"]:
+        """The sum of their routing, and LEAST."""
+        rows = torch.arange(len(window), device=window.device)[:, None, None]
+        return spread(window[rows, self.place], self.share, num_experts) + LEAST
+
+    def routing_ahead(
+        self, window: Int[Tensor, "B W L K"], early: int, num_experts: int
+    ) -> Float[Tensor, "B S E"]:
+        """Of the prefix of s layers, their `routing` in layer s + early alone; as long as there is one."""
+        target = torch.arange(early, window.shape[2], device=window.device)
+        rows = torch.arange(len(window), device=window.device)[:, None, None]
+        place, share = (x[:, : len(target)] for x in (self.place, self.share))
+        experts = window[rows, place, target[:, None]].long()  # B S J K
+        empty = share.new_full((*place.shape[:2], num_experts), LEAST)
+        return empty.scatter_add(2, experts.flatten(2), share.repeat_interleave(experts.shape[-1], 2))

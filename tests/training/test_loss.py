@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.loss import NEAR, set_loss, top_one_loss, unseen, weighted
+from training.loss import NEAR, NEAREST, set_loss, top_one_loss, unseen, weighted, weighted_next
 
 SEEN = torch.tensor([[0, 2], [0, 1]])
 
@@ -26,6 +26,23 @@ def test_the_next_layers_count_more_once_layers_were_seen() -> None:
     expected = [[[1, 1, 1], [0, 0, 1 + near]], [[1, 1, 1], [0, 1 + fading[0], 1 + fading[1]]]]
     torch.testing.assert_close(weighted(SEEN, 3, near), torch.tensor(expected))
     torch.testing.assert_close(weighted(SEEN, 3, 0.0), unseen(SEEN, 3))
+
+
+def test_layers_far_ahead_count_no_more_than_usual() -> None:
+    weights = weighted(torch.tensor([[2]]), 2 + NEAREST + 3, 5.0)[0, 0]
+    assert weights[2 + NEAREST - 1] > 1
+    assert weights[2 + NEAREST :].tolist() == [1, 1, 1]
+
+
+def test_every_prefix_comes_to_the_same_as_drawn_ones_on_average() -> None:
+    layers, near, prefixes = 9, 2.5, 4
+    every = torch.arange(layers)[None]
+    more = (weighted(every, layers, near) - unseen(every, layers))[0]  # by prefix and layer
+    came = weighted_next(layers, near, prefixes)
+    for early in range(NEAREST):
+        for layer in range(layers):
+            mean = more[layer - early, layer] / layers if layer >= early else 0.0
+            assert float(came[early, layer]) == pytest.approx(float(mean * (prefixes - 1)), abs=1e-6)
 
 
 @pytest.mark.parametrize("loss", [set_loss, top_one_loss])

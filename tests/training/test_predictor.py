@@ -36,6 +36,21 @@ def predictor(request: pytest.FixtureRequest) -> PrefixPredictor:
     return network
 
 
+def test_of_the_next_layers_it_says_the_same_with_every_prefix_at_once(predictor: PrefixPredictor) -> None:
+    batch = next(Blocks(TRAIN, 4, PREDICTOR).in_order(40))
+    rows = torch.from_numpy(predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
+    layers = predictor.spec.num_layers
+    every, some = torch.arange(layers).expand(len(rows), -1), torch.tensor([[2, 0]]).expand(len(rows), -1)
+    with torch.no_grad():
+        logits, of_next = predictor.with_next(batch, rows, some)
+        expected = predictor(batch, rows, every)
+    torch.testing.assert_close(logits, expected[:, [2, 0]], atol=1e-4, rtol=1e-4)
+    assert of_next.shape[1] == min(predictor.nearest, layers)
+    for early in range(of_next.shape[1]):
+        came = of_next[:, early, early:].mT
+        torch.testing.assert_close(came, expected.diagonal(early, 1, 2), atol=1e-4, rtol=1e-4)
+
+
 def served(predictor: PrefixPredictor, experts: np.ndarray, seen: int) -> torch.Tensor:
     """Probabilities for the last of these tokens of a sequence, its first `seen` layers known."""
     functions = graphs_of(predictor, Calibration(predictor.spec.num_layers, predictor.spec.top_k))

@@ -18,12 +18,13 @@ from training.dataset import Blocks
 from training.repeats import spread
 from training.similar import (
     ABSENT,
+    LEAST,
     NEVER,
     PRESENT,
     SAME_ID,
     SAME_PAIR,
+    MostSimilar,
     Window,
-    routing_of_similar,
     scores,
     shared,
     without_ids,
@@ -103,12 +104,25 @@ def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
     _, window = made_up(1)
     score = torch.full((2, 1, WINDOW), NEVER)
     score[0, 0, 5], score[0, 0, 2], score[0, 0, 1] = 2.0, 1.0, 0.5
-    came = routing_of_similar(score, window, 2, SPEC.num_experts)
+    came = MostSimilar.by(score, 2).routing(window, SPEC.num_experts) - LEAST
     total = np.exp(2) + np.exp(1) + 1  # one stands for none of them
     weights = torch.tensor([[np.exp(2) / total, np.exp(1) / total]], dtype=torch.float32)
     expected = spread(window[:1, [5, 2]], weights, SPEC.num_experts)
     torch.testing.assert_close(came[:1, 0], expected)
-    assert not came[1].any()  # of nobody
+    torch.testing.assert_close(came[1], torch.zeros_like(came[1]))  # of nobody
+
+
+def test_routing_of_one_layer_is_that_of_all_layers_there() -> None:
+    _, window = made_up(2)
+    similar = MostSimilar.by(torch.randn(2, SPEC.num_layers, WINDOW), 3)
+    of_all = similar.routing(window, SPEC.num_experts)
+    for early in range(SPEC.num_layers):
+        came = similar.routing_ahead(window, early, SPEC.num_experts)
+        torch.testing.assert_close(came, of_all.diagonal(early, 1, 2).mT)
+    some = torch.tensor([[2, 0], [1, 1]])
+    torch.testing.assert_close(
+        similar.of(some).routing(window, SPEC.num_experts), of_all[torch.arange(2)[:, None], some]
+    )
 
 
 def test_permuted_experts_are_permuted_in_the_window_too() -> None:

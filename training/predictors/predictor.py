@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
 
 from traces.spec import RoutingSpec
 from training.examples import Batch, Examples
@@ -17,7 +18,8 @@ class Predictor(nn.Module):
     batch: of the examples it reads. rows: of the token table, for the batch's token ids. seen: how many
     layers are known, P times for each token. With a leading axis of M, each of M answers is scored alone.
     spec, config, vocabulary: what it is for; kept for export. reads_ids, reads_gates: whether these
-    change anything. hidden_size: of the hidden states it reads, 0 where it reads none.
+    change anything. hidden_size: of the hidden states it reads, 0 where it reads none. nearest: layers A
+    that `with_next` answers for from every prefix; 0 where it has none.
     """
 
     spec: RoutingSpec
@@ -26,6 +28,13 @@ class Predictor(nn.Module):
     reads_ids: bool
     reads_gates: bool = True
     hidden_size: int = 0
+    nearest: int = 0
+
+    def with_next(
+        self, batch: Any, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, "B P L E"], Float[Tensor, "B A L E"]]:
+        """What `forward` says, and the logits of each layer 0 to A - 1 layers before its turn."""
+        raise NotImplementedError
 
     def prepare(self, train: Examples[Batch]) -> None:
         """Before it is trained, take over what is known without training. Mostly nothing."""

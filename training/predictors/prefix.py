@@ -35,9 +35,10 @@ from training.config import PrefixConfig
 from training.dataset import Batch
 from training.dropout import dropout
 from training.errors import ConfigInvalid
+from training.loss import NEAREST
 from training.predictors.predictor import Predictor
 from training.repeats import ORDERS
-from training.similar import BEGINNING, PRESENT, routing_of_similar, scores, shared
+from training.similar import BEGINNING, PRESENT, MostSimilar, scores, shared
 from training.vocabulary import Vocabulary
 
 # A token seen only a few times should say little, not something at random.
@@ -71,6 +72,8 @@ class PrefixPredictor(Predictor):
 
     spec, config, vocabulary: what it is for; kept for export. Without a vocabulary, repeats are not used.
     """
+
+    nearest = NEAREST
 
     def __init__(self, spec: RoutingSpec, config: PrefixConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -129,16 +132,30 @@ class PrefixPredictor(Predictor):
         """
         return self.answer(*self.encode(batch, rows, seen))
 
+    def with_next(
+        self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
+    ) -> tuple[Float[Tensor, "B P L E"], Float[Tensor, "B A L E"]]:
+        """What `forward` says, and of each layer what is said 0 to A - 1 layers before its turn.
+
+        That is of every prefix, for little more: a prefix costs a look, and then only the layers just ahead.
+        """
+        every = torch.arange(self.spec.num_layers, device=seen.device).expand(len(rows), -1)
+        maps, past = self.encode_past(batch, rows)
+        layers, near = self.encode_layers(batch)
+        similar = self.most_similar(batch, every)
+        y = self.look(past[:, None] + self.sum_layers(layers, every))
+        further = self.further_maps(batch, near, seen, None if similar is None else similar.of(seen))
+        some = torch.arange(len(rows), device=seen.device)[:, None]
+        return self.logits(y[some, seen], maps, further), self.next_layers(batch, y, maps, near, similar)
+
     def encode(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
     ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B Q L E"], Float[Tensor, "B P F L E"]]:
         """x, the maps that are the same for all prefixes, and the others: of pairs, of similar tokens."""
         maps, past = self.encode_past(batch, rows)
-        x, pairs = self.encode_layers(batch, seen)
-        further = [pairs]
-        if self.likeness is not None:
-            further += [self.encode_similar(batch, seen, self.likeness(seen))]
-        return past[:, None] + x + self.last_seen(seen), maps, torch.stack(further, 2)
+        layers, near = self.encode_layers(batch)
+        x = past[:, None] + self.sum_layers(layers, seen)
+        return x, maps, self.further_maps(batch, near, seen, self.most_similar(batch, seen))
 
     def answer(
         self,
@@ -147,48 +164,112 @@ class PrefixPredictor(Predictor):
         further: Float[Tensor, "B P F L E"],
     ) -> Float[Tensor, "B P L E"]:
         """Logits from what `encode` says."""
-        spec = self.spec
-        y = dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
-        logits = self.head(y).unflatten(-1, (spec.num_layers, spec.num_experts))
-        shares = self.copy(y).unflatten(-1, (self.maps, spec.num_layers))
+        return self.logits(self.look(x), maps, further)
+
+    def look(self, x: Float[Tensor, "B P D"]) -> Float[Tensor, "B P D"]:
+        """y."""
+        return dropout(self.norm(self.blocks(x)), self.config.dropout, self.training)
+
+    def logits(
+        self,
+        y: Float[Tensor, "B P D"],
+        maps: Float[Tensor, "B Q L E"],
+        further: Float[Tensor, "B P F L E"],
+    ) -> Float[Tensor, "B P L E"]:
+        """Of every layer."""
+        logits = self.head(y).unflatten(-1, (self.spec.num_layers, self.spec.num_experts))
+        shares = self.shares(y)
         alike, own = shares[:, :, : -self.further], shares[:, :, -self.further :]
         copied: Tensor = torch.einsum("bpql,bqle->bple", alike, maps)
-        return logits + copied + (own[..., None] * further).sum(2)
+        return (logits + copied + (own[..., None] * further).sum(2)).float()
 
-    def encode_layers(
-        self, batch: Batch, seen: Int64[Tensor, "B P"]
-    ) -> tuple[Float[Tensor, "B P D"], Float[Tensor, "B P L E"]]:
-        """What the first `seen` layers of this token add to x, and their map."""
+    def shares(self, y: Float[Tensor, "B P D"]) -> Float[Tensor, "B P Q L"]:
+        """How much each layer of each map counts."""
+        shares: Tensor = self.copy(y).unflatten(-1, (self.maps, self.spec.num_layers))
+        return shares
+
+    def encode_layers(self, batch: Batch) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L R*E"]]:
+        """Of each layer of this token: its embedding, and what it says of the R layers after it."""
         spec, routing = self.spec, self._drop(batch.routing)
         table = self.routing.weight.view(-1, spec.num_layers, 2, spec.num_experts)
         layers = torch.einsum("blce,dlce->bld", routing, table)
-        alike, fading = (weights[seen] for weights in self.layer_weights)
-        x: Tensor = alike @ layers + self.fading(fading @ layers)
-        pairs = alike @ ahead(torch.einsum("blce,lcef->blf", routing, self.pairs), spec)
-        return x, pairs.unflatten(-1, (spec.num_layers, spec.num_experts))
+        return layers, torch.einsum("blce,lcef->blf", routing, self.pairs)
 
-    def encode_similar(
-        self, batch: Batch, seen: Int64[Tensor, "B P"], weights: Float[Tensor, "B P 5"]
-    ) -> Float[Tensor, "B P L E"]:
-        """The routing of the tokens that were routed most like this one in its first `seen` layers."""
+    def sum_layers(
+        self, layers: Float[Tensor, "B L D"], seen: Int64[Tensor, "B P"]
+    ) -> Float[Tensor, "B P D"]:
+        """What the first `seen` layers of this token add to x, and that they are so many."""
+        alike, fading = (weights[seen] for weights in self.layer_weights)
+        x: Tensor = alike @ layers + self.fading(fading @ layers) + self.last_seen(seen)
+        return x
+
+    def next_layers(
+        self,
+        batch: Batch,
+        y: Float[Tensor, "B L D"],
+        maps: Float[Tensor, "B Q L E"],
+        near: Float[Tensor, "B L R*E"],
+        similar: MostSimilar | None,
+    ) -> Float[Tensor, "B A L E"]:
+        """Logits of each layer 0 to A - 1 layers before its turn; nothing of what is before the first one.
+
+        y, similar: of every prefix. near: what each layer says of those after it.
+        """
+        layers, experts = self.spec.num_layers, self.spec.num_experts
+        weight, bias = self.head.weight.view(layers, experts, -1), self.head.bias.view(layers, experts)
+        early = torch.arange(min(self.nearest, layers), device=y.device)
+        layer = torch.arange(layers, device=y.device)
+        prefix = (layer - early[:, None]).clamp(min=0)  # A L
+        shares = self.shares(y).permute(1, 3, 0, 2)[prefix, layer].permute(2, 1, 0, 3)  # B L A Q
+        logits = (shares[..., : -self.further] @ maps.permute(0, 2, 1, 3)).transpose(1, 2)
+        of_pairs = pairs_ahead(near.unflatten(-1, (-1, experts)), len(early))
+        answers = []
+        for a in range(len(early)):
+            own = shares[:, a:, a, -self.further :, None]
+            answer = torch.einsum("bsd,sed->bse", y[:, : layers - a], weight[a:]) + bias[a:]
+            answer = answer + own[:, :, 0] * of_pairs[a]
+            if similar is not None:
+                answer = answer + own[:, :, 1] * similar.routing_ahead(batch.window, a, experts).sqrt()
+            answers.append(functional.pad(answer, (0, 0, a, 0)))
+        return logits + torch.stack(answers, 1)
+
+    def further_maps(
+        self,
+        batch: Batch,
+        near: Float[Tensor, "B L R*E"],
+        seen: Int64[Tensor, "B P"],
+        similar: MostSimilar | None,
+    ) -> Float[Tensor, "B P F L E"]:
+        """The maps that differ by the layers seen."""
+        spec = self.spec
+        pairs = self.layer_weights[0][seen] @ ahead(near, spec)
+        maps = [pairs.unflatten(-1, (spec.num_layers, spec.num_experts))]
+        if similar is not None:
+            maps += [similar.routing(batch.window, spec.num_experts).sqrt()]
+        return torch.stack(maps, 2)
+
+    def most_similar(self, batch: Batch, seen: Int64[Tensor, "B P"]) -> MostSimilar | None:
+        """The tokens that were routed most like this one in its first `seen` layers; None: nobody looks."""
+        if self.likeness is None:
+            return None
         by_layer = shared(batch.targets, batch.window).transpose(1, 2)  # B L W
         plain, lately = (of_layers[seen] @ by_layer for of_layers in self.layer_weights)
         in_common = batch.alike if self.reads_ids else batch.alike.clamp(max=PRESENT)
-        score = scores(weights, in_common, plain, lately)
-        return routing_of_similar(score, batch.window, self.config.similar, self.spec.num_experts)
+        score = scores(self.likeness(seen), in_common, plain, lately)
+        return MostSimilar.by(score, self.config.similar)
 
     def encode_past(
         self, batch: Batch, rows: Int64[Tensor, "B R"]
     ) -> tuple[Float[Tensor, "B Q L E"], Float[Tensor, "B D"]]:
         """What is the same for every prefix of a token: maps, and the share of x from them and the ids."""
         if not self.reads_ids:
-            return batch.averages, self._encode_maps(batch.averages)
+            return batch.averages.clamp(min=0).sqrt(), self._encode_maps(batch.averages)
         maps = torch.cat([batch.averages, batch.repeats], 1)
         *tokens, pair = self._drop(self.tokens(rows)).unbind(1)
         tokens[0] = tokens[0] + pair
         x = self._encode_maps(maps) + self.token_trunk(torch.cat(tokens, 1))
         usual = self.usual(tokens[0]).view(-1, 1, self.spec.num_layers, self.spec.num_experts)
-        return torch.cat([maps, usual], 1), x
+        return torch.cat([maps.clamp(min=0).sqrt(), usual], 1), x
 
     def _encode_maps(self, maps: Float[Tensor, "B Q L E"]) -> Float[Tensor, "B D"]:
         x: Tensor = self.earlier_trunk(self.earlier(self._drop(maps.flatten(2))).flatten(1))
@@ -206,6 +287,19 @@ def ahead(near: Float[Tensor, "*B L R*E"], spec: RoutingSpec) -> Float[Tensor, "
     longer = functional.pad(near, (experts, layers * experts))
     moved = longer.flatten(-2)[..., : layers * width].unflatten(-1, (layers, width))
     return moved[..., : layers * experts]
+
+
+def pairs_ahead(near: Float[Tensor, "B L R E"], count: int) -> list[Float[Tensor, "B S E"]]:
+    """What the first s layers say together of layer s + a, for each a below `count`."""
+    layers, reach = near.shape[1:3]
+    told = near.new_zeros(near.shape[0], layers, near.shape[-1])
+    found = []
+    for a in reversed(range(max(reach, count))):
+        # The last of them tells it over a + 1 layers, those before it as they told layer s - 1 + (a + 1).
+        before = told[:, :-1] + near[:, :-1, a] if a < reach else told[:, :-1]
+        told = functional.pad(before, (0, 0, 1, 0))
+        found.append(told)
+    return [told[:, : layers - a] for a, told in enumerate(reversed(found[-count:]))]
 
 
 def layer_weights(num_layers: int, decay: float) -> Float[Tensor, "2 L+1 L"]:

@@ -38,9 +38,9 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     in bytes; averages, the others, in half precision; ids of the window's tokens, newest first, + 1, 0 where
     unknown, negative but for those that came after the same id as the next token does; routed, their experts;
     past, how many tokens of the window there are.
-    token: start, what past and id add to x; repeats, their maps; usual, the map of what is usual for the
-    token; first_row, of the calibration tables; alike, what each token of the window has in common with this
-    one (`training.similar`).
+    token: start, what past and id add to x; repeats, roots of their maps; usual, the map of what is usual for
+    the token; first_row, of the calibration tables; alike, what each token of the window has in common with
+    this one (`training.similar`).
     progress: seen, the number of the last layer + 1; told, what the layers seen add to x, and their map;
     shared, how many experts each token of the window shares, in all and lately.
     exact: weights that keep their bits, by the ends of their names (`training.quantization`).
@@ -178,14 +178,14 @@ class Step(nn.Module):
         x = start + plain + rising * self.fade.index_select(0, seen)
         y = predictor.norm(predictor.blocks(x))
         row = seen
-        maps = [previous.float(), averages.float()]
+        maps = [previous.float(), averages.float().sqrt()]  # of a single token, 1 is its own root
         if predictor.reads_ids:
             repeats, usual, first_row = ours
             maps, row = [*maps, repeats.float(), usual], seen + first_row
         maps += [pairs.view(-1, 1, spec.num_layers, spec.num_experts)]
         if self.similar is not None:
             routed, in_common, shared = similar
-            maps += [self.similar.routing(routed, in_common, shared, seen)]
+            maps += [self.similar.routing(routed, in_common, shared, seen).sqrt()]
         copy = predictor.copy
         said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)

@@ -21,8 +21,8 @@ from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 # Ids are kept + 1 in 32 bits, some of them negative: none of them is equal to LIKE_NONE.
 LARGEST_ID = 2**31 - 2
 LIKE_NONE = -(2**31)
-# Repeats, at most 1, are kept in bytes of so many to 1: of 10,000 open sequences that saves 46 MB, and
-# averages in half precision 31 MB.
+# Roots of repeats, at most 1, are kept in bytes of so many to 1: of 10,000 open sequences that saves 46 MB,
+# and averages in half precision 31 MB.
 PER_WEIGHT = 255
 
 
@@ -67,7 +67,7 @@ class Begin(nn.Module):
         told = torch.cat([token, predictor.earlier(repeats).flatten(1)], 1)
         start = torch.addmm(context, told, self.trunk.T)
         maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
-        in_bytes = (maps * PER_WEIGHT + 0.5).to(torch.uint8)
+        in_bytes = (maps.sqrt() * PER_WEIGHT + 0.5).to(torch.uint8)
         usual = predictor.usual(token).view(-1, 1, spec.num_layers, spec.num_experts)
         in_common = (alike(past, same, predictor.config.window) for past in counts)
         return start, in_bytes, usual, self.calibration.first_row(known), *in_common

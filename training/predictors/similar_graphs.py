@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from traces.spec import RoutingSpec
 from training.config import PrefixConfig
-from training.similar import NEVER
+from training.similar import LEAST, NEVER
 
 
 class Similar(nn.Module):
@@ -60,7 +60,7 @@ class Similar(nn.Module):
         shared: Float[Tensor, "B 2 W"],
         seen: Int32[Tensor, "B"],
     ) -> Float[Tensor, "B 1 L E"]:
-        """The map of the most similar tokens."""
+        """The map of the most similar tokens, before its root is taken."""
         spec = self.spec
         of_shared = (self.of_shared.index_select(0, seen) @ shared)[:, 0]
         kind = nn.functional.embedding((seen * 4)[:, None] + alike.int(), self.of_kind)[..., 0]
@@ -69,7 +69,7 @@ class Similar(nn.Module):
         share = nn.functional.pad(best, (0, 1)).softmax(-1)[:, :-1]
         target = at_places(routed, place, spec.top_k).long() + self.first  # B L J*K
         weight = share[:, None, :, None].expand(-1, spec.num_layers, -1, spec.top_k)
-        empty = share.new_zeros((seen.shape[0], spec.num_layers * spec.num_experts))
+        empty = share.new_full((seen.shape[0], spec.num_layers * spec.num_experts), LEAST)
         spread = empty.scatter_add(1, target.flatten(1), weight.flatten(1))
         return spread.view(-1, 1, spec.num_layers, spec.num_experts)
 
