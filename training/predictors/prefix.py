@@ -4,21 +4,22 @@ Comes after `dataset`, before `loop` and `export`. The routed experts of the lay
 embedding that its gate shifts, are added up twice: all layers alike, and fading with their distance from the
 last one. Earlier routing comes in as Q dense maps [L, E]: averages of past tokens at several time scales, and
 of the earlier places of this very token (`training.repeats`). The maps take two ways. Into the trunk, by an
-embedding they share; and past it, straight to the logits, each layer of each map times a number that the
-trunk says. Two maps more take the second way alone. One is what is usual for a token, which is learnt, from
-its id and from the pair it makes with the token before it. The other is what the layers seen say of the next
-R layers: a number for every pair of an expert seen and an expert of one of those. Where asked for, there is a
-third: the routing of the tokens that were routed most like this one so far (`training.similar`).
+embedding they share; and past it, straight to the logits, the root of each layer of each map times a number
+that the trunk says. Two maps more take the second way alone, as they are. One is what is usual for a token,
+which is learnt, from its id and from the pair it makes with the token before it. The other is what the layers
+seen say of the next R layers: a number for every pair of an expert seen and an expert of one of those. Where
+asked for, there is a third, of which the root counts, too: the routing of the tokens that were routed most
+like this one so far (`training.similar`).
 
     t = T[id] + T[pair]
     a_l = sum_k A[l, e_k] + offset(gate_k) A'[l, e_k]            l: a layer seen
     x = sum_l a_l + F sum_l fade^(last - l) a_l + sum_q M_q (M map_q) + C [t, T[ids before]] + d[last]
     y = norm(blocks(x))
-    z[l, e] = head(y)[l, e] + sum_q copy(y)[q, l] map_q[l, e]    map_Q = U t, map_Q+1 = sum_l P_l
+    z[l, e] = head(y)[l, e] + sum_q counts(y)[q, l] past_q[l, e]  past_q = root map_q; U t; sum_l P_l
 
-P_l is as a_l, of R E numbers an expert, at the layers l + 1 .. l + R. A trunk of 256 numbers cannot carry
-which of 768 experts were routed to; the second way need not squeeze them through. What is served is the same,
-taken apart into steps (`training.predictors.prefix_graphs`).
+P_l is as a_l, of R E numbers an expert, at the layers l + 1 .. l + R. A trunk of a few hundred numbers cannot
+carry which of 768 experts were routed to; the second way need not squeeze them through. What is served is the
+same, taken apart into steps (`training.predictors.prefix_graphs`).
 """
 
 from __future__ import annotations
@@ -46,8 +47,8 @@ SMALL = 0.02
 # A served step keeps sums that fade by up to decay^(L / 2) either way; floats end at 1e-38.
 SMALLEST_FADE = 1e-30
 # What each earlier map counts in the logits before anything is learnt.
-COPY = 0.3
-COPY_LEARNT = 1.0
+COUNTS = 0.3
+COUNTS_LEARNT = 1.0
 
 
 class Residual(nn.Module):
@@ -108,7 +109,7 @@ class PrefixPredictor(Predictor):
         )
         self.norm = nn.LayerNorm(width)
         self.head = nn.Linear(width, outputs)
-        self.copy = nn.Linear(width, self.maps * spec.num_layers)
+        self.counts = nn.Linear(width, self.maps * spec.num_layers)
         # A sum over all routed experts then has entries near 1, all maps together near 0.5.
         routed = spec.num_layers * spec.top_k
         nn.init.normal_(self.routing.weight, std=0.7 / math.sqrt(routed))
@@ -117,9 +118,9 @@ class PrefixPredictor(Predictor):
         nn.init.normal_(self.last_seen.weight, std=SMALL)
         nn.init.normal_(self.tokens.weight[1:], std=SMALL)  # row 0, no id, stays 0
         nn.init.normal_(self.usual.weight, std=0.5 / math.sqrt(config.token_width))
-        nn.init.zeros_(self.copy.weight)
-        nn.init.constant_(self.copy.bias, COPY)
-        nn.init.constant_(self.copy.bias[earlier_maps * spec.num_layers :], COPY_LEARNT)
+        nn.init.zeros_(self.counts.weight)
+        nn.init.constant_(self.counts.bias, COUNTS)
+        nn.init.constant_(self.counts.bias[earlier_maps * spec.num_layers :], COUNTS_LEARNT)
         if self.likeness is not None:
             self.likeness.weight.data[:] = torch.tensor(BEGINNING)
 
@@ -185,7 +186,7 @@ class PrefixPredictor(Predictor):
 
     def shares(self, y: Float[Tensor, "B P D"]) -> Float[Tensor, "B P Q L"]:
         """How much each layer of each map counts."""
-        shares: Tensor = self.copy(y).unflatten(-1, (self.maps, self.spec.num_layers))
+        shares: Tensor = self.counts(y).unflatten(-1, (self.maps, self.spec.num_layers))
         return shares
 
     def encode_layers(self, batch: Batch) -> tuple[Float[Tensor, "B L D"], Float[Tensor, "B L R*E"]]:

@@ -186,8 +186,8 @@ class Step(nn.Module):
         if self.similar is not None:
             routed, in_common, shared = similar
             maps += [self.similar.routing(routed, in_common, shared, seen).sqrt()]
-        copy = predictor.copy
-        said = functional.linear(y, copy.weight * self.unit[:, None], copy.bias * self.unit)
+        counts = predictor.counts
+        said = functional.linear(y, counts.weight * self.unit[:, None], counts.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
         copied = self.ones @ (shares_of_maps * torch.cat(maps, 1)).flatten(2)  # a sum, cheaper so
         return (predictor.head(y)[:, None] + copied).view(-1, spec.num_layers, spec.num_experts), row
