@@ -27,7 +27,8 @@ def rows(after: str) -> dict[str, list[str]]:
 
 def default(knob: Knob) -> str:
     value = knob.default
-    return " ".join(f"{v:g}" for v in value) if isinstance(value, tuple) else f"{value:g}"
+    values = value if isinstance(value, tuple) else (value,)
+    return " ".join(v if isinstance(v, str) else f"{v:g}" for v in values)
 
 
 def unit(knob: Knob) -> str:
