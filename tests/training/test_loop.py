@@ -3,8 +3,10 @@
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from training import checkpoint
 from training.config import PrefixConfig, TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.loop import CHECKPOINT, Trainer, averaging, schedule
+from training.loss import NEAREST
+from training.plan import plan_step
 from training.predictors import examples_of, kind_of
 from training.vocabulary import Vocabulary
 
@@ -25,6 +29,32 @@ def test_training_lowers_the_validation_loss(tmp_path: Path) -> None:
     before = trainer.look().loss
     trainer.fit()
     assert trainer.best < before
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_asked_with_every_prefix_it_learns_what_comes_next(tmp_path: Path, precision: str) -> None:
+    config = replace(CONFIG, near=5.0, precision=precision)
+    trainer = toy_trainer(tmp_path, config)
+    before = trainer.look().loss
+    trainer.fit()
+    assert trainer.best < 0.9 * before
+
+
+def test_the_next_layers_count_with_every_prefix_as_if_it_had_been_drawn(tmp_path: Path) -> None:
+    layers = TRAIN.spec.num_layers
+    config = TrainConfig(batch_tokens=32, block_tokens=8, prefixes=3)
+    plan = plan_step(toy_trainer(tmp_path, config).train, config, 0)
+    every = replace(plan, seen=np.broadcast_to(np.arange(layers), (*plan.seen.shape[:2], layers)).copy())
+
+    def loss(near: float, nearest: int) -> float:
+        trainer = toy_trainer(tmp_path, replace(config, near=near))
+        trainer.predictor.nearest = nearest
+        trainer.predictor.eval()
+        return float(trainer._loss(every).detach())
+
+    more_if_drawn = loss(2.0, 0) - loss(0.0, 0)
+    more_if_asked = loss(2.0, NEAREST) - loss(0.0, 0)
+    assert more_if_asked == pytest.approx(more_if_drawn * (config.prefixes - 1) / layers, rel=1e-4)
 
 
 def test_a_resumed_run_ends_as_an_uninterrupted_one(tmp_path: Path) -> None:
@@ -126,7 +156,7 @@ with processes() as where:
         print(" ".join(map(repr, losses)))
 """
 # Dropout draws differ from process to process, so equality needs it off.
-EQUAL = (CONFIG, PrefixConfig(**{**vars(PREDICTOR), "dropout": 0.0, "input_dropout": 0.0}))
+EQUAL = (replace(CONFIG, near=5.0), PrefixConfig(**{**vars(PREDICTOR), "dropout": 0.0, "input_dropout": 0.0}))
 
 
 def test_two_processes_have_the_loss_of_one(tmp_path: Path) -> None:
