@@ -27,7 +27,7 @@ from training.augmentation import draw_change
 from training.config import TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.examples import Batch, Examples
-from training.loss import set_loss, top_one_loss, unseen, weighted, weighted_next
+from training.loss import loss_of, unseen, weighted, weighted_next
 from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
 from training.predictors.predictor import Predictor
@@ -171,25 +171,20 @@ class Trainer:
                 batch, targets, torch.from_numpy(rows), seen, unseen(seen, layers), next_weight
             )
             logits, of_next = self.predictor.with_next(batch, known, seen)
-            return self._set_loss(logits, targets, weight) + self._set_loss(of_next, targets, next_weight)
+            return self._loss_of(logits, targets, weight) + self._loss_of(of_next, targets, next_weight)
 
     @property
     def _asks_all(self) -> bool:
         """Whether the layers just ahead are asked about with every number of layers seen."""
-        return self.config.near > 0 and self.predictor.nearest > 0
+        return self.config.near > 0 and self.predictor.has_next
 
     def _to_device(self, *told: Any) -> list[Any]:
         return [tensor.to(self.where.device) for tensor in told]
 
     def _precision(self) -> AbstractContextManager[Any]:
         """In which products are worked out."""
-        # Casts that are kept for the backward pass would be kept from the step before, too.
-        return torch.autocast(
-            self.where.device.type,
-            dtype=torch.bfloat16,
-            enabled=self.config.precision == "bfloat16",
-            cache_enabled=False,
-        )
+        short = self.config.precision == "bfloat16"
+        return torch.autocast(self.where.device.type, dtype=torch.bfloat16, enabled=short)
 
     def _summed_loss(
         self,
@@ -202,16 +197,16 @@ class Trainer:
     ) -> tuple[Float[Tensor, ""], Float[Tensor, "*M B P L E"], Float[Tensor, "B L E"]]:
         """Loss, logits and targets. Of M answers, the loss is the mean."""
         logits = predictor(batch, rows, seen)
-        loss = self._set_loss(logits, targets, weight)
+        loss = self._loss_of(logits, targets, weight)
         return loss * (targets.numel() * seen.shape[1] / logits.numel()), logits, targets
 
-    def _set_loss(
+    def _loss_of(
         self,
         logits: Float[Tensor, "*M B P L E"],
         targets: Float[Tensor, "B L E"],
         weight: Float[Tensor, "B P L"],
-    ) -> Float[Tensor, ""]:
-        return (top_one_loss if self.train.spec.top_k == 1 else set_loss)(logits.float(), targets, weight)
+    ) -> Tensor:
+        return loss_of(self.train.spec)(logits.float(), targets, weight)
 
     def _total_weight(self, plan: Plan, lengths: Int64[Tensor, "N"]) -> float:
         """What all unseen layers of the step count together, over all processes."""

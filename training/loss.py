@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 from torch.nn import functional
+
+from traces.spec import RoutingSpec
 
 # Layers over which the weight of the next one falls by a factor of e, and how many of them weigh more at all.
 NEAR, NEAREST = 3.0, 4
@@ -36,6 +40,11 @@ def weighted_next(num_layers: int, near: float, prefixes: int) -> Float[Tensor, 
     ahead = torch.arange(min(NEAREST, num_layers))[:, None]
     told = torch.arange(num_layers) - ahead > 0
     return near * told * torch.exp(-ahead / NEAR) * ((prefixes - 1) / num_layers)
+
+
+def loss_of(spec: RoutingSpec) -> Callable[..., Tensor]:
+    """`top_one_loss` where a layer has one routed expert, else `set_loss`."""
+    return top_one_loss if spec.top_k == 1 else set_loss
 
 
 def top_one_loss(

@@ -16,7 +16,6 @@ from training import checkpoint
 from training.config import PrefixConfig, TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.loop import CHECKPOINT, Trainer, averaging, schedule
-from training.loss import NEAREST
 from training.plan import plan_step
 from training.predictors import examples_of, kind_of
 from training.vocabulary import Vocabulary
@@ -46,14 +45,14 @@ def test_the_next_layers_count_with_every_prefix_as_if_it_had_been_drawn(tmp_pat
     plan = plan_step(toy_trainer(tmp_path, config).train, config, 0)
     every = replace(plan, seen=np.broadcast_to(np.arange(layers), (*plan.seen.shape[:2], layers)).copy())
 
-    def loss(near: float, nearest: int) -> float:
+    def loss(near: float, *, has_next: bool) -> float:
         trainer = toy_trainer(tmp_path, replace(config, near=near))
-        trainer.predictor.nearest = nearest
+        trainer.predictor.has_next = has_next
         trainer.predictor.eval()
         return float(trainer._loss(every).detach())
 
-    more_if_drawn = loss(2.0, 0) - loss(0.0, 0)
-    more_if_asked = loss(2.0, NEAREST) - loss(0.0, 0)
+    more_if_drawn = loss(2.0, has_next=False) - loss(0.0, has_next=False)
+    more_if_asked = loss(2.0, has_next=True) - loss(0.0, has_next=True)
     assert more_if_asked == pytest.approx(more_if_drawn * (config.prefixes - 1) / layers, rel=1e-4)
 
 

@@ -15,6 +15,7 @@ from training.config import PrefixConfig
 from training.dataset import Blocks
 from training.errors import ConfigInvalid
 from training.export import TOLD, example_inputs, output_names
+from training.loss import NEAREST
 from training.onnx_graph import halve, to_onnx
 from training.predictors.prefix import PrefixPredictor, ahead
 from training.predictors.prefix_graphs import served as graphs_of
@@ -45,7 +46,7 @@ def test_of_the_next_layers_it_says_the_same_with_every_prefix_at_once(predictor
         logits, of_next = predictor.with_next(batch, rows, some)
         expected = predictor(batch, rows, every)
     torch.testing.assert_close(logits, expected[:, [2, 0]], atol=1e-4, rtol=1e-4)
-    assert of_next.shape[1] == min(predictor.nearest, layers)
+    assert of_next.shape[1] == min(NEAREST, layers)
     for early in range(of_next.shape[1]):
         came = of_next[:, early, early:].mT
         torch.testing.assert_close(came, expected.diagonal(early, 1, 2), atol=1e-4, rtol=1e-4)

@@ -23,7 +23,7 @@ from training.augmentation import Change
 from training.dataset import Batch, Blocks
 from training.examples import Batch as AnyBatch
 from training.examples import Examples
-from training.loss import set_loss, top_one_loss, unseen
+from training.loss import loss_of, unseen
 from training.predictor_configs import EnsembleConfig
 from training.predictors.interlayer import InterlayerPredictor
 from training.predictors.multiscale import MultiscalePredictor
@@ -131,7 +131,7 @@ class EnsemblePredictor(Predictor):
         """Weigh the members by their loss on the validation split."""
         self.eval()
         spec = self.spec
-        loss_of = top_one_loss if spec.top_k == 1 else set_loss
+        loss = loss_of(spec)
         seen = torch.tensor([0, spec.num_layers // 2])
         losses, scored = torch.zeros(len(self.members)), 0.0
         for batch in validation.in_order(TOKENS_AT_ONCE):
@@ -139,7 +139,7 @@ class EnsemblePredictor(Predictor):
             prefixes = seen.expand(len(rows), -1)
             weight = unseen(prefixes, spec.num_layers)
             each = self.each(batch, rows, prefixes)  # type: ignore[arg-type]
-            losses += torch.stack([loss_of(logits, batch.targets, weight) for logits in each])
+            losses += torch.stack([loss(logits, batch.targets, weight) for logits in each])
             scored += float(weight.sum())
         self.weights.copy_(torch.softmax(-losses / scored / self.config.sharpness, 0))
 

@@ -18,8 +18,8 @@ class Predictor(nn.Module):
     batch: of the examples it reads. rows: of the token table, for the batch's token ids. seen: how many
     layers are known, P times for each token. With a leading axis of M, each of M answers is scored alone.
     spec, config, vocabulary: what it is for; kept for export. reads_ids, reads_gates: whether these
-    change anything. hidden_size: of the hidden states it reads, 0 where it reads none. nearest: layers A
-    that `with_next` answers for from every prefix; 0 where it has none.
+    change anything. hidden_size: of the hidden states it reads, 0 where it reads none. has_next: whether it
+    has `with_next`.
     """
 
     spec: RoutingSpec
@@ -28,12 +28,15 @@ class Predictor(nn.Module):
     reads_ids: bool
     reads_gates: bool = True
     hidden_size: int = 0
-    nearest: int = 0
+    has_next: bool = False
 
     def with_next(
         self, batch: Any, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
     ) -> tuple[Float[Tensor, "B P L E"], Float[Tensor, "B A L E"]]:
-        """What `forward` says, and the logits of each layer 0 to A - 1 layers before its turn."""
+        """What `forward` says, and the logits of each layer 0 to A - 1 layers before its turn.
+
+        A is `loss.NEAREST`, at most L.
+        """
         raise NotImplementedError
 
     def prepare(self, train: Examples[Batch]) -> None:

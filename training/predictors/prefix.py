@@ -74,7 +74,7 @@ class PrefixPredictor(Predictor):
     spec, config, vocabulary: what it is for; kept for export. Without a vocabulary, repeats are not used.
     """
 
-    nearest = NEAREST
+    has_next = True
 
     def __init__(self, spec: RoutingSpec, config: PrefixConfig, vocabulary: Vocabulary) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class PrefixPredictor(Predictor):
         """
         layers, experts = self.spec.num_layers, self.spec.num_experts
         weight, bias = self.head.weight.view(layers, experts, -1), self.head.bias.view(layers, experts)
-        early = torch.arange(min(self.nearest, layers), device=y.device)
+        early = torch.arange(min(NEAREST, layers), device=y.device)
         layer = torch.arange(layers, device=y.device)
         prefix = (layer - early[:, None]).clamp(min=0)  # A L
         shares = self.shares(y).permute(1, 3, 0, 2)[prefix, layer].permute(2, 1, 0, 3)  # B L A Q
