@@ -1,4 +1,4 @@
-"""The training loss: how far predicted sets of experts are from the routed ones, over layers not seen yet."""
+"""The training loss: how far forecasts are from the routed sets of experts, over layers not seen yet."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch.nn import functional
 
 from traces.spec import RoutingSpec
 
+# What an expert that is routed to counts among the others: as good as nothing, but not the logarithm of 0.
+TINY = 1e-9
 # Layers over which the weight of the next one falls by a factor of e, and how many of them weigh more at all.
 NEAR, NEAREST = 3.0, 4
 
@@ -61,14 +63,17 @@ def top_one_loss(
 def set_loss(
     logits: Float[Tensor, "*M B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
 ) -> Float[Tensor, ""]:
-    """Sum over unseen layers of the cross-entropy to the routed set, in nats per routed expert.
+    """Sum over unseen layers of how badly the routed set is ranked and how wrong probabilities are, in nats
+    per routed expert.
 
-    Two terms on the same logits. The softmax one compares with 1/K on each routed expert, which is what
-    ranking needs; the sigmoid one fixes the level, so that a logit is that of a probability. Divide by
-    `weight.sum()` for the mean. Answers of several predictors, along M, are added up.
+    Two terms on the same logits. By one, each routed expert is to be ahead of those that are not routed: the
+    cross-entropy of the softmax over it and them. (A softmax over all experts would have the routed ones
+    compete with each other, too.) The sigmoid one fixes the level, so that a logit is that of a probability.
+    An expert that is routed to in part, in a mixture, is in part among the others.
+    Divide by `weight.sum()` for the mean. Answers of several predictors, along M, are added up.
     """
-    routed = targets[:, None].expand_as(logits)
-    top_k = routed.sum(-1)
-    softmax = -(routed * functional.log_softmax(logits, -1)).sum(-1) / top_k
-    sigmoid = functional.binary_cross_entropy_with_logits(logits, routed, reduction="none").sum(-1) / top_k
-    return ((softmax + sigmoid) * weight).sum()
+    routed = targets[:, None]
+    others = torch.logsumexp(logits + torch.log((1 - routed).clamp(min=TINY)), -1, keepdim=True)
+    behind = (functional.softplus(others - logits) * routed).sum(-1)
+    sigmoid = functional.binary_cross_entropy_with_logits(logits, routed.expand_as(logits), reduction="none")
+    return ((behind + sigmoid.sum(-1)) / routed.sum(-1) * weight).sum()

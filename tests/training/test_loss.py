@@ -54,10 +54,46 @@ def test_answers_of_several_are_scored_alone_and_added_up(loss: object) -> None:
     torch.testing.assert_close(loss(logits, targets, weight), expected)
 
 
-@pytest.mark.parametrize("loss", [set_loss, top_one_loss])
-def test_the_loss_of_a_mixture_is_the_mixture_of_losses(loss: object) -> None:
-    assert callable(loss)
+def test_a_routed_expert_is_to_be_ahead_of_those_that_are_not_routed() -> None:
+    logits, routed = torch.randn(3, 6), torch.tensor([[0, 1], [4, 2], [5, 0]])
+    targets = functional.one_hot(routed, 6).sum(1).float()
+    expected = torch.zeros(())
+    for layer, chosen in enumerate(routed):
+        z, others = logits[layer], targets[layer] == 0
+        for expert in chosen:  # the cross-entropy over it and the others, without its companion
+            expected += functional.cross_entropy(torch.cat([z[expert, None], z[others]]), torch.tensor(0)) / 2
+        expected += functional.binary_cross_entropy_with_logits(z, targets[layer], reduction="sum") / 2
+    came = set_loss(logits[None, None], targets[None], torch.ones(1, 1, 3))
+    torch.testing.assert_close(came, expected)
+
+
+def test_routed_experts_do_not_compete_with_each_other() -> None:
+    logits = torch.tensor([2.0, 1.0, -1.0, -3.0], requires_grad=True)
+    targets, weight = torch.tensor([[[1.0, 1.0, 0.0, 0.0]]]), torch.ones(1, 1, 1)
+    ahead = torch.tensor([9.0, 0.0, 0.0, 0.0])
+    level = functional.binary_cross_entropy_with_logits(logits + ahead, targets[0, 0], reduction="sum") / 2
+    loss = set_loss((logits + ahead)[None, None, None], targets, weight)
+    (push,) = torch.autograd.grad(loss - level, logits)
+    # The first is far ahead: it is pushed no further, and the second one is not pushed back for it.
+    assert abs(float(push[0])) < 1e-3 and float(push[1]) < -1e-2
+
+
+def test_an_expert_that_is_routed_to_in_part_is_in_part_among_the_others() -> None:
+    logits, weight = torch.zeros(1, 1, 1, 3), torch.ones(1, 1, 1)
+    mixed = torch.tensor([[[0.75, 0.25, 0.0]]])
+    others = math.log(0.25 + 0.75 + 1)
+    behind = math.log1p(math.exp(others))
+    assert float(set_loss(logits, mixed, weight)) == pytest.approx(behind + 3 * math.log(2), rel=1e-5)
+
+
+def test_if_all_experts_are_routed_to_the_loss_stays_a_number() -> None:
+    logits = torch.randn(1, 1, 1, 4, requires_grad=True)
+    (push,) = torch.autograd.grad(set_loss(logits, torch.ones(1, 1, 4), torch.ones(1, 1, 1)), logits)
+    assert bool(push.isfinite().all())
+
+
+def test_the_loss_of_a_mixture_is_the_mixture_of_losses_where_one_expert_is_routed_to() -> None:
     logits, weight = torch.randn(2, 2, 3, 5), unseen(SEEN, 3)
     one, other = (functional.one_hot(torch.randint(5, (2, 3)), 5).float() for _ in range(2))
-    expected = 0.7 * loss(logits, one, weight) + 0.3 * loss(logits, other, weight)
-    torch.testing.assert_close(loss(logits, 0.7 * one + 0.3 * other, weight), expected)
+    expected = 0.7 * top_one_loss(logits, one, weight) + 0.3 * top_one_loss(logits, other, weight)
+    torch.testing.assert_close(top_one_loss(logits, 0.7 * one + 0.3 * other, weight), expected)
