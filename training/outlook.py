@@ -29,7 +29,7 @@ from speculation.golden import golden_uses
 from speculation.publishing import DRAFT
 from speculation.runtime import Speculator
 from traces.trace import RoutingTrace
-from training.calibration import two_slopes
+from training.calibration import three_slopes
 from training.errors import ConfigInvalid, ExportFailed, check_same_shape
 from training.forecasts import states
 from training.onnx_graph import halve, to_onnx
@@ -164,10 +164,10 @@ def fit(network: Outlook, learned: Examples, config: OutlookConfig) -> None:
 
 @torch.no_grad()
 def calibrate(network: Outlook, held_out: Examples) -> None:
-    """Fit each layer's two slopes and shift on tokens that were not learned from."""
+    """Fit each layer's three slopes and shift on tokens that were not learned from."""
     logits = np.concatenate([network.logits(*held_out.inputs(part)).numpy() for part in _pieces(held_out)])
     fitted = [
-        two_slopes(logits[:, layer].ravel(), held_out.uses[:, layer].ravel())
+        three_slopes(logits[:, layer].ravel(), held_out.uses[:, layer].ravel())
         for layer in range(network.spec.num_layers)
     ]
     network.calibrate(np.array(fitted, np.float32))

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from model_store.manifest import StateTensor
 from traces.spec import RoutingSpec
-from training.calibration import IDENTITY
+from training.calibration import IDENTITY, stretched
 from training.errors import ExportFailed
 
 # Averages below it count as none: log of a share that a single use long ago left behind says nothing.
@@ -48,7 +48,9 @@ class Outlook(nn.Module):
         self.widen = nn.Linear(rank, layers * experts, bias=False) if context else None
         if self.widen is not None:
             nn.init.zeros_(self.widen.weight)
-        self.below, self.above, self.shift = (nn.Buffer(torch.full((layers, 1), value)) for value in IDENTITY)
+        self.below, self.between, self.above, self.shift = (
+            nn.Buffer(torch.full((layers, 1), value)) for value in IDENTITY
+        )
 
     def logits(self, *state: Tensor) -> Float[Tensor, "B L E"]:
         """state: the tensors of `carried`."""
@@ -67,12 +69,12 @@ class Outlook(nn.Module):
 
     def forward(self, *state: Tensor) -> Float[Tensor, "B L E"]:
         """Calibrated probabilities."""
-        z = self.logits(*state)
-        return torch.sigmoid(self.below * z + (self.above - self.below) * z.relu() + self.shift)
+        tables = self.below, self.between, self.above - self.below, self.shift
+        return torch.sigmoid(stretched(self.logits(*state), *tables))
 
-    def calibrate(self, fitted: Float32[np.ndarray, "L 3"]) -> None:
-        """Take in (below, above, bias) of each layer, as `calibration.two_slopes` finds them."""
-        for number, table in enumerate((self.below, self.above, self.shift)):
+    def calibrate(self, fitted: Float32[np.ndarray, "L 4"]) -> None:
+        """Take in (below, between, above, bias) of each layer, as `calibration.three_slopes` finds them."""
+        for number, table in enumerate((self.below, self.between, self.above, self.shift)):
             table[:, 0] = torch.from_numpy(fitted[:, number])
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, distributed
@@ -21,6 +21,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
+    _summed: list[Tensor] = field(default_factory=list, repr=False)
 
     @property
     def leads(self) -> bool:
@@ -31,6 +32,9 @@ class Processes:
         """`values` added up over all processes, in place."""
         if self.world > 1:
             distributed.all_reduce(values)
+            # gloo's threads let go of a sum's tensor when it is long done. To be the last to do so takes the
+            # interpreter, and aborted the process where that was shutting down: so keep it until the next.
+            self._summed[:] = [values]
         return values
 
     def sum_gradients(self, module: torch.nn.Module) -> None:
@@ -63,8 +67,6 @@ def processes() -> Iterator[Processes]:
     distributed.init_process_group("nccl" if use_gpu else "gloo")
     try:
         yield Processes(distributed.get_rank(), world, device)
-        # gloo's threads let go of the last sum's tensors, for which they need the interpreter: one that
-        # was late to that aborted the process while Python shut down. A barrier has no tensors.
-        distributed.barrier()
+        distributed.barrier()  # nobody leaves while another waits for a sum
     finally:
         distributed.destroy_process_group()

@@ -4,26 +4,32 @@ import numpy as np
 import pytest
 import torch
 
-from training.calibration import Calibration, fit, levelled, log_odds, two_slopes
+from training.calibration import KNOT, Calibration, fit, levelled, log_odds, three_slopes
+
+Distortion = tuple[float, float, float, float]
 
 
-def drawn(below: float, above: float, bias: float, count: int = 60_000) -> tuple[np.ndarray, np.ndarray]:
+def drawn(distortion: Distortion, count: int = 60_000) -> tuple[np.ndarray, np.ndarray]:
+    below, between, above, bias = distortion
     rng = np.random.default_rng(0)
-    z = rng.normal(-1, 2, count).astype(np.float32)
-    logit = bias + below * np.minimum(z, 0) + above * np.maximum(z, 0)
+    z = rng.normal(-0.5, 3, count).astype(np.float32)
+    inside = np.clip(z, -KNOT, KNOT)
+    logit = bias + between * inside + np.where(z < 0, below, above) * (z - inside)
     return z, rng.random(count) < 1 / (1 + np.exp(-logit))
 
 
-@pytest.mark.parametrize("distortion", [(1.0, 1.0, 0.0), (0.6, 0.6, -0.5), (1.1, 1.7, -0.3), (1.2, 0.5, 0.2)])
-def test_the_distortion_is_found(distortion: tuple[float, float, float]) -> None:
-    assert two_slopes(*drawn(*distortion)) == pytest.approx(distortion, abs=0.12)
+@pytest.mark.parametrize(
+    "distortion", [(1.0, 1.0, 1.0, 0.0), (0.6, 0.6, 0.6, -0.5), (1.1, 1.3, 0.7, -0.3), (0.5, 1.2, 0.9, 0.2)]
+)
+def test_the_distortion_is_found(distortion: Distortion) -> None:
+    assert three_slopes(*drawn(distortion)) == pytest.approx(distortion, abs=0.12)
 
 
 @pytest.mark.parametrize("outcome", [False, True], ids=["never", "always"])
 def test_outcomes_that_never_vary_stay_finite_and_in_order(outcome: bool) -> None:
-    z, _ = drawn(1.0, 1.0, 0.0, 500)
-    below, above, bias = two_slopes(z, np.full(500, outcome))
-    assert below > 0 and above > 0 and np.isfinite(bias)
+    z, _ = drawn((1.0, 1.0, 1.0, 0.0), 500)
+    *slopes, bias = three_slopes(z, np.full(500, outcome))
+    assert min(slopes) > 0 and np.isfinite(bias)
 
 
 def test_distances_are_fitted_on_their_own() -> None:
@@ -32,22 +38,25 @@ def test_distances_are_fitted_on_their_own() -> None:
     z = rng.normal(-1, 1.5, (tokens, 1, layers, experts)).repeat(layers, axis=1).astype(np.float16)
     targets = rng.random((tokens, layers, experts)) < 1 / (1 + np.exp(-z[:, 0].astype(np.float32)))
     z[:, 1:] *= 2  # once a layer is seen, the logits are twice too sure
-    below = fit(z, targets)[:, 0]
-    np.testing.assert_allclose(below[0], 1.0, atol=0.15)
-    np.testing.assert_allclose([below[1, 1], below[1, 2], below[2, 2]], 0.5, atol=0.08)
-    assert below[1, 1] == below[2, 2] != below[1, 2]  # distance 1 and distance 2
+    slope = fit(z, targets)[:, 1]
+    np.testing.assert_allclose(slope[0], 1.0, atol=0.15)
+    np.testing.assert_allclose([slope[1, 1], slope[1, 2], slope[2, 2]], 0.5, atol=0.08)
+    assert slope[1, 1] == slope[2, 2] != slope[1, 2]  # distance 1 and distance 2
 
 
 def test_tables_are_looked_up_by_layers_seen_and_token_known() -> None:
     calibration = Calibration(2, top_k=2)
-    stretched = np.tile(np.array([2.0, 2.0, 0.0], np.float32)[:, None], (2, 1, 2))
-    stretched[1, 2, 1] = 5.0  # one layer seen, target layer 1: bias 5
-    calibration.set_tables(True, stretched)
+    tables = np.tile(np.array([3.0, 2.0, 4.0, 0.0], np.float32)[:, None], (2, 1, 2))
+    tables[1, 3, 1] = 5.0  # one layer seen, target layer 1: bias 5
+    calibration.set_tables(True, tables)
     logits = torch.tensor([1.0, -1.0, 1.0])[:, None, None].expand(3, 2, 1)
     row = calibration.first_row(torch.tensor([False, False, True])) + torch.tensor([0, 1, 1])
     came = calibration(logits, row)
     expected = torch.sigmoid(torch.tensor([[1.0, 1.0], [-1.0, -1.0], [2.0, 7.0]]))
     torch.testing.assert_close(came[..., 0], expected)
+    far = calibration(torch.tensor([-3.0, 3.0])[:, None, None].expand(2, 2, 1), row[2:].expand(2))
+    expected = torch.sigmoid(torch.tensor([[-7.0, -2.0], [8.0, 13.0]]))
+    torch.testing.assert_close(far[..., 0], expected)
 
 
 def test_log_odds_are_those_of_the_softmax() -> None:

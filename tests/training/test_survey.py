@@ -46,7 +46,7 @@ def stretching(seed: int) -> Calibration:
     """A calibration with other numbers for every number of layers seen."""
     rng = np.random.default_rng(seed)
     calibration = Calibration(LAYERS, K)
-    tables = rng.uniform([[0.5], [0.5], [-1.0]], [[1.5], [1.5], [1.0]], (LAYERS, 3, LAYERS))
+    tables = rng.uniform([[0.5]] * 3 + [[-1.0]], [[1.5]] * 3 + [[1.0]], (LAYERS, 4, LAYERS))
     calibration.set_tables(True, tables.astype(np.float32))
     return calibration
 
