@@ -134,7 +134,7 @@ def three_slopes(z: Float32[np.ndarray, "N"], y: Bool[np.ndarray, "N"]) -> Float
     features = np.stack([np.minimum(outside, 0), inside, np.maximum(outside, 0), np.ones_like(z)])  # 4 N
     theta, prior = np.array(IDENTITY), PRIOR * np.eye(4)
     for _ in range(NEWTON_STEPS):
-        p = 1 / (1 + np.exp(-(theta.astype(np.float32) @ features)))
+        p = (1 + np.tanh(theta.astype(np.float32) @ features / 2)) / 2  # as the sigmoid, and never overflows
         gradient = features @ (p - y) + prior @ (theta - IDENTITY)
         hessian = (features * (p * (1 - p))) @ features.T + prior
         step = np.linalg.solve(hessian.astype(np.float64), gradient.astype(np.float64))
