@@ -5,10 +5,10 @@ Platt scaling (Platt 1999) in three pieces: logits are stretched by `below` wher
 
     p = sigmoid(bias + between m + below min(z - m, 0) + above max(z - m, 0))
 
-One slope for all left an expected calibration error of 0.027 on the split it was fitted on: most experts are
-far from being routed, and they decide that one slope. Two, that meet at 0, leave it four to six times as
-large as these three. Fitted for each distance to the target layer, for token start for each layer, and all of
-it once with token ids and once without, since a forecast knows less then; likewise with hidden states and
+Most experts are far from being routed, and would decide a single slope. Two that meet at 0 leave an expected
+calibration error four to five times as large as these three (gpt-oss-20b, the split they are fitted on:
+0.006 to 0.011). Fitted for each distance to the target layer, for token start for each layer, and all of it
+once with token ids and once without, since a forecast knows less then; likewise with hidden states and
 without, where a predictor reads them.
 
 A router that picks one expert makes the logits of a layer a distribution, whose level means nothing. What

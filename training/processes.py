@@ -21,7 +21,7 @@ class Processes:
     rank: int
     world: int
     device: torch.device
-    _summed: list[Tensor] = field(default_factory=list, repr=False)
+    _summed: list[Tensor] = field(default_factory=list, repr=False, compare=False)
 
     @property
     def leads(self) -> bool:
