@@ -93,6 +93,7 @@ class PrefixConfig:
     repeats: newest places with the same id that count (count).
     repeat_decay: what a place counts beside the next newer one (0 to 1).
     similar: tokens of the window that count whose routing was most like this token's so far; 0: none (count).
+    preceding_decays: of averages of the experts that preceding tokens share; 0: the last ones' (per token).
     earlier_width: of what the trunk is told of each average and of the repeats (channels).
     reach: layers ahead of which pairs of experts tell, one of a layer seen and one to come (layers).
     layer_decay: of the second sum over the layers seen, from the last one back (per layer, 0 to 1).
@@ -110,6 +111,7 @@ class PrefixConfig:
     repeats: int = 3
     repeat_decay: float = 0.6
     similar: int = 8
+    preceding_decays: tuple[float, ...] = (0.0, 0.6, 0.9)
     earlier_width: int = 64
     reach: int = 8
     layer_decay: float = 0.5
@@ -147,6 +149,12 @@ class PrefixConfig:
             "decays",
             self.decays,
             "0, then one or more between 0 and 1",
+        )
+        demand(
+            bool(self.preceding_decays) and all(0 <= d < 1 for d in self.preceding_decays),
+            "preceding_decays",
+            self.preceding_decays,
+            "one or more, 0 or more and below 1",
         )
 
 

@@ -2,8 +2,7 @@
 
 Comes after `traces`, before `loop`. A token's example is its routing with its gates; averages of the routing
 of the tokens before it in its sequence, and of its own earlier places there; the ids of it and of the last
-few tokens. The averages at the start of each block are computed once, those inside a block when it is drawn,
-so that memory grows with tokens / block.
+few tokens.
 """
 
 from __future__ import annotations
@@ -12,12 +11,13 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int, Int16, Int64
+from jaxtyping import Bool, Float, Float32, Int, Int16, Int64
 from torch import Tensor
 
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
 from training.augmentation import Change
+from training.averages import Averages
 from training.config import PrefixConfig
 from training.examples import Examples
 from training.repeats import place_weights, places, spread
@@ -31,8 +31,9 @@ class Batch:
     routing: by layer, in channel 0 a 1 for each routed expert, in channel 1 its `gate_offsets`; else 0.
     averages: of channel 0 over earlier tokens of the sequence, one for each decay.
     repeats: of channel 0 over earlier places of this token (`training.repeats`).
-    window, alike: experts of the tokens before, newest first, and what they have in common with this one
-    (`training.similar`); W is 0 where the predictor does not look at them.
+    window, alike, preceding: experts of the tokens before, newest first, what they have in common with this
+    one, and how many experts the tokens before them share with those before this one, an average for each
+    decay (`training.similar`); W is 0 where the predictor does not look at them.
     token_ids: ids of this token and of the tokens before it, -1 where unknown or before the start.
     """
 
@@ -41,6 +42,7 @@ class Batch:
     repeats: Float[Tensor, "B 2 L E"]
     window: Int[Tensor, "B W L K"]
     alike: Int[Tensor, "B W"]
+    preceding: Float[Tensor, "B M W"]
     token_ids: Int64[Tensor, "B R"]
 
     @property
@@ -60,6 +62,7 @@ class Batch:
             self.repeats * ~(history | ids)[:, None, None, None],
             self.window,
             without_ids(self.alike, ids) * ~history[:, None],
+            self.preceding,
             self.token_ids.masked_fill(ids[:, None], -1),
         )
 
@@ -72,6 +75,7 @@ class Batch:
             change.inputs(self.repeats),
             change.ids(self.window),
             without_ids(self.alike, change.permuted),
+            self.preceding,
             self.token_ids.masked_fill(change.permuted[:, None], -1),
         )
 
@@ -97,52 +101,39 @@ class Blocks(Examples[Batch]):
     def __init__(self, trace: RoutingTrace, block_tokens: int, config: PrefixConfig) -> None:
         self.spec: RoutingSpec = trace.spec
         self.block_tokens = block_tokens
-        self.decays = np.asarray(config.decays, np.float32)
         self.experts: Int16[np.ndarray, "N L K"] = trace.experts
         self.gates = trace.gates
         self.token_ids = recent_ids(trace, config.recent_tokens)
-        self.first, self.length, self._begins = cut(trace.starts, block_tokens)
+        self.first, self.length, begins = cut(trace.starts, block_tokens)
         self._places = places(trace, config.window, config.repeats)
         self._place_weights = place_weights(config.repeats, config.repeat_decay)
         self._looks_back = Window(trace, config.window if config.similar else 0)
-        self._inside = decay_kernel(self.decays, block_tokens)
-        self._start = self._averages_at_start()
+        self._routing_before = Averages(
+            self, begins, config.decays, lambda tokens: self._routed(tokens).flatten(-2)
+        )
+        self._shared_before = Averages(self, begins, config.preceding_decays, self._looks_back.shared)
 
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""
-        drawn, inside = self._tokens(blocks), self.inside(blocks)
-        layers, experts = self.spec.num_layers, self.spec.num_experts
-        averages = self._averages(blocks, drawn)[inside].unflatten(-1, (layers, experts))
-        tokens = drawn[inside]
+        inside = self.inside(blocks)
+        tokens = self.tokens(blocks)[inside]
+        averages = self._routing_before.before(blocks)[inside]
         offsets = self._offsets(tokens)
         offsets[np.repeat(hide_gates, self.length[blocks])] = 0
         return Batch(
             routing=torch.stack([self._routed(tokens), torch.from_numpy(offsets)], 2),
-            averages=averages,
+            averages=averages.unflatten(-1, (self.spec.num_layers, self.spec.num_experts)),
             repeats=self._repeats(tokens),
             window=torch.from_numpy(self._looks_back.experts(tokens)),
             alike=torch.from_numpy(self._looks_back.alike(tokens)),
+            preceding=self._shared_before.before(blocks)[inside],
             token_ids=torch.from_numpy(self.token_ids[tokens]),
         )
-
-    def _averages(self, blocks: Int64[np.ndarray, "N"], tokens: Int64[np.ndarray, "N T"]) -> Tensor:
-        """[N T S F]: what was carried to the block's start, fading, and the block's own earlier tokens."""
-        # By torch: numpy's threads would go on spinning beside it.
-        routed = self._routed(tokens).flatten(2)
-        fading = torch.from_numpy(self.decays[:, None] ** np.arange(self.block_tokens, dtype=np.float32))
-        carried = torch.from_numpy(self._start[blocks]).float()
-        inside = torch.einsum("stu,nuf->ntsf", torch.from_numpy(self._inside), routed)
-        return inside.addcmul_(fading.T[None, :, :, None], carried[:, None])
 
     def _repeats(self, tokens: Int64[np.ndarray, "N"]) -> Float[Tensor, "N 2 L E"]:
         earlier = self._places[tokens]
         weights = torch.from_numpy(earlier >= 0) * self._place_weights
         return spread(torch.from_numpy(self.experts[earlier]), weights, self.spec.num_experts)
-
-    def _tokens(self, blocks: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N T"]:
-        """Token numbers of each block; places past its end repeat its last."""
-        steps = np.minimum(np.arange(self.block_tokens), self.length[blocks][:, None] - 1)
-        return self.first[blocks][:, None] + steps
 
     def _routed(self, tokens: Int64[np.ndarray, "*N"]) -> Float[Tensor, "*N L E"]:
         """1 for each routed expert of these tokens, else 0."""
@@ -158,23 +149,6 @@ class Blocks(Examples[Batch]):
             )
         return dense
 
-    def _averages_at_start(self) -> Float16[np.ndarray, "N S F"]:
-        """Averages over all before each block: zero at a sequence's start, carried from block to block."""
-        width = self.spec.num_layers * self.spec.num_experts
-        starts = np.zeros((len(self), len(self.decays), width), np.float16)
-        carried = np.zeros((len(self.decays), width), np.float32)
-        decays = self.decays[:, None]
-        weight = (1 - decays) * decays ** np.arange(self.block_tokens - 1, -1, -1, dtype=np.float32)
-        fade = decays**self.block_tokens
-        for block in range(len(self)):
-            if self._begins[block]:
-                carried = np.zeros_like(carried)
-            starts[block] = carried
-            if self.length[block] == self.block_tokens:  # a short block is its sequence's last
-                tokens = np.arange(self.first[block], self.first[block] + self.block_tokens)
-                carried = fade * carried + weight @ self._routed(tokens).flatten(1).numpy()
-        return starts
-
 
 def cut(
     starts: Int64[np.ndarray, "S+1"], block_tokens: int
@@ -186,13 +160,6 @@ def cut(
     within = np.arange(len(sequence)) - np.repeat(np.cumsum(counts) - counts, counts)
     first = starts[sequence] + within * block_tokens
     return first, np.minimum(block_tokens, starts[sequence + 1] - first), within == 0
-
-
-def decay_kernel(decays: Float32[np.ndarray, "S"], tokens: int) -> Float32[np.ndarray, "S T T"]:
-    """`kernel[s, t, u]`: weight of token u in the average of scale s just before token t of its block."""
-    gap = np.arange(tokens)[:, None] - np.arange(tokens)[None, :] - 1
-    powers = (1 - decays)[:, None, None] * decays[:, None, None] ** np.maximum(gap, 0)
-    return np.where(gap >= 0, powers, 0).astype(np.float32)
 
 
 def recent_ids(trace: RoutingTrace, recent: int) -> Int64[np.ndarray, "N R+1"]:

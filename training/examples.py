@@ -74,6 +74,11 @@ class Examples(ABC, Generic[AnyBatch]):
         """The same as if no hidden state were known; those that have none as they are."""
         return self
 
+    def tokens(self, blocks: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N T"]:
+        """Token numbers of each block; places past its end repeat its last."""
+        steps = np.minimum(np.arange(self.block_tokens), self.length[blocks][:, None] - 1)
+        return self.first[blocks][:, None] + steps
+
     def inside(self, blocks: Int64[np.ndarray, "N"]) -> Bool[np.ndarray, "N T"]:
         """Which token places of these blocks hold a token."""
         return np.arange(self.block_tokens) < self.length[blocks][:, None]

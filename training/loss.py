@@ -14,7 +14,7 @@ from traces.spec import RoutingSpec
 # What an expert that is routed to counts among the others: as good as nothing, but not the logarithm of 0.
 TINY = 1e-9
 # Layers over which the weight of the next one falls by a factor of e, and how many of them weigh more at all.
-NEAR, NEAREST = 3.0, 4
+NEAR, NEAREST = 10.0, 4
 
 
 def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:

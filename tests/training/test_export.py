@@ -142,7 +142,12 @@ def test_weights_of_another_predictor_are_refused(published: Path, tmp_path: Pat
 
 def test_a_sequence_carries_only_what_is_needed(speculator: Speculator) -> None:
     steps = Steps(speculator)
-    assert [steps.state[place].name for place in steps.step_reads] == ["previous", "averages", "routed"]
+    assert [steps.state[place].name for place in steps.step_reads] == [
+        "previous",
+        "averages",
+        "routed",
+        "preceding",
+    ]
     assert [steps.state[place].name for place in steps.begin_reads] == ["context", "ids", "routed", "past"]
     assert [tensor.name for tensor in steps.progress] == ["seen", "told", "shared"]
 
@@ -220,7 +225,7 @@ def test_traces_without_token_ids_make_a_version_without_repeats(tmp_path: Path)
     manifest = open_store(tmp_path / "store").manifest("toy", 1)
     scores = manifest.metrics["validation"]["1"]
     assert manifest.spec.top_k == 1 and scores["hit_at_1"] == scores["recall_at_k"] > 1.2 / 8
-    window = ["routed", "past"]  # similar tokens are looked for in it
+    window = ["routed", "past", "preceding"]  # similar tokens are looked for in it
     assert [tensor.name for tensor in manifest.state] == ["context", "previous", "averages", *window]
     assert [tensor.name for tensor in manifest.token] == ["start", "alike"]
 

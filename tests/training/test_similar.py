@@ -32,7 +32,8 @@ from training.similar import (
 
 TRACE = toy_trace((30, 12, 1), seed=9)
 WINDOW = 8
-WEIGHTS = (0.1, 0.7, 2.0, 0.5, -0.3)
+WEIGHTS = (0.1, 0.7, 2.0, 0.5, -0.3, 0.04, 0.02)
+DECAYS = (0.0, 0.5)
 
 
 def in_common(token: int, back: int) -> int:
@@ -57,6 +58,34 @@ def test_what_a_window_has_in_common_is_what_plain_loops_find() -> None:
     assert {ABSENT, PRESENT, SAME_ID, SAME_PAIR} == set(np.unique(alike))
     token, back = np.argwhere(alike > ABSENT)[-1]
     assert np.array_equal(window.experts(tokens)[token, back], TRACE.experts[token - back - 1])
+
+
+def in_both(token: int, other: int) -> int:
+    """How many experts two tokens share, over all layers."""
+    rows = zip(TRACE.experts[token].tolist(), TRACE.experts[other].tolist(), strict=True)
+    return sum(len(set(ours) & set(theirs)) for ours, theirs in rows)
+
+
+@pytest.mark.parametrize("at_once", [256, 5])
+@pytest.mark.parametrize("block_tokens", [1, 4])
+def test_preceding_tokens_are_compared_at_the_same_distance(
+    block_tokens: int, at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.similar.AT_ONCE", at_once)
+    config = replace(PREDICTOR, window=WINDOW, similar=2, preceding_decays=DECAYS)
+    blocks = Blocks(TRACE, block_tokens, config)
+    came = blocks.draw(np.arange(len(blocks)), np.zeros(len(blocks), bool)).preceding.numpy()
+    expected = np.zeros((TRACE.num_tokens, len(DECAYS), WINDOW))
+    for sequence in range(TRACE.num_sequences):
+        tokens = TRACE.sequence(sequence)
+        for token, back in np.ndindex(tokens.stop - tokens.start, WINDOW):
+            for before in range(1, token + 1):
+                if token - before - back - 1 >= 0:
+                    both = in_both(tokens.start + token - before, tokens.start + token - before - back - 1)
+                    weights = [(1 - decay) * decay ** (before - 1) for decay in DECAYS]
+                    expected[tokens.start + token, :, back] += np.multiply(both, weights)
+    assert expected.any()
+    np.testing.assert_allclose(came, expected, rtol=1e-3)  # kept in half precision at a block's start
 
 
 def test_without_ids_there_are_tokens_and_nothing_in_common() -> None:
@@ -88,11 +117,13 @@ def test_a_score_is_what_plain_loops_add_up(seed: int, seen: int) -> None:
         [0.5 ** (seen - 1 - layer) if layer < seen else 0.0 for layer in range(SPEC.num_layers)]
     )
     plain, lately = ((fading > 0).float() @ by_layer)[:, None], (fading @ by_layer)[:, None]
-    came = scores(torch.tensor(WEIGHTS).expand(2, 1, -1), alike, plain, lately)
-    of_expert, of_late, of_id, of_pair, of_age = WEIGHTS
+    preceding = torch.rand(2, len(DECAYS), WINDOW, generator=torch.manual_seed(seed)) * 9
+    came = scores(torch.tensor(WEIGHTS).expand(2, 1, -1), alike, plain, lately, preceding)
+    of_expert, of_late, of_id, of_pair, of_age, *of_preceding = WEIGHTS
     for token, place in np.ndindex(2, WINDOW):
         kind = int(alike[token, place])
         score = of_age * np.log(place + 1) + of_id * (kind >= SAME_ID) + of_pair * (kind == SAME_PAIR)
+        score += np.dot(of_preceding, preceding[token, :, place].tolist())
         for layer in range(seen):
             now = set(routed[token, layer].nonzero().ravel().tolist())
             both = len(now & set(window[token, place, layer].tolist()))

@@ -39,7 +39,7 @@ from training.errors import ConfigInvalid
 from training.loss import NEAREST
 from training.predictors.predictor import Predictor
 from training.repeats import ORDERS
-from training.similar import BEGINNING, PRESENT, MostSimilar, scores, shared
+from training.similar import PRESENT, MostSimilar, beginning, scores, shared
 from training.vocabulary import Vocabulary
 
 # A token seen only a few times should say little, not something at random.
@@ -95,7 +95,8 @@ class PrefixPredictor(Predictor):
         self.pairs = nn.Parameter(
             torch.empty(spec.num_layers, 2, spec.num_experts, self.reach * spec.num_experts)
         )
-        self.likeness = nn.Embedding(spec.num_layers + 1, len(BEGINNING)) if config.similar else None
+        begun = beginning(len(config.preceding_decays))
+        self.likeness = nn.Embedding(spec.num_layers + 1, len(begun)) if config.similar else None
         self.fading = nn.Linear(width, width, bias=False)
         self.earlier = nn.Linear(outputs, config.earlier_width, bias=False)
         self.earlier_trunk = nn.Linear(config.earlier_width * earlier_maps, width, bias=False)
@@ -122,7 +123,7 @@ class PrefixPredictor(Predictor):
         nn.init.constant_(self.counts.bias, COUNTS)
         nn.init.constant_(self.counts.bias[earlier_maps * spec.num_layers :], COUNTS_LEARNT)
         if self.likeness is not None:
-            self.likeness.weight.data[:] = torch.tensor(BEGINNING)
+            self.likeness.weight.data[:] = begun
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
@@ -256,7 +257,7 @@ class PrefixPredictor(Predictor):
         by_layer = shared(batch.targets, batch.window).transpose(1, 2)  # B L W
         plain, lately = (of_layers[seen] @ by_layer for of_layers in self.layer_weights)
         in_common = batch.alike if self.reads_ids else batch.alike.clamp(max=PRESENT)
-        score = scores(self.likeness(seen), in_common, plain, lately)
+        score = scores(self.likeness(seen), in_common, plain, lately, batch.preceding)
         return MostSimilar.by(score, self.config.similar)
 
     def encode_past(

@@ -37,7 +37,8 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
     in bytes; averages, the others, in half precision; ids of the window's tokens, newest first, + 1, 0 where
     unknown, negative but for those that came after the same id as the next token does; routed, their experts;
-    past, how many tokens of the window there are.
+    past, how many tokens of the window there are; preceding, how many experts the tokens before each of them
+    share with those before the next token, on average.
     token: start, what past and id add to x; repeats, roots of their maps; usual, the map of what is usual for
     the token; first_row, of the calibration tables; alike, what each token of the window has in common with
     this one (`training.similar`).
@@ -62,17 +63,19 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
     if config.similar:
         state += [tensor("past", "int32")]
+        state += [tensor("preceding", "float16", len(config.preceding_decays), config.window)]
         token += [tensor("alike", "uint8", config.window)]
         progress += [tensor("shared", "float32", 2, config.window)]
     remembered = tuple(t.name for t in state[3:])
+    of_window = remembered[:-1] if config.similar else remembered
     begin, step = Begin(predictor, calibration), Step(predictor, calibration)
     return Served(
         graphs={PREDICT: Predict(begin, step), ADVANCE: Advance(predictor), BEGIN: begin, STEP: step},
         reads={
             PREDICT: ("context", "previous", "averages", *remembered),
             ADVANCE: ("averages", *remembered),
-            BEGIN: ("context", *(remembered if predictor.reads_ids else remembered[1:])),
-            STEP: ("previous", "averages", *(["routed"] if config.similar else [])),
+            BEGIN: ("context", *(of_window if predictor.reads_ids else of_window[1:])),
+            STEP: ("previous", "averages", *(["routed", "preceding"] if config.similar else [])),
         },
         state=tuple(state),
         token=tuple(token),
@@ -124,13 +127,14 @@ class Step(nn.Module):
         if self.similar is None:
             *token, seen, told = others
         else:
-            routed, *token, in_common, seen, told, shared = others
+            routed, preceding, *token, in_common, seen, told, shared = others
             rows = rows_at(routed, layers.clamp(min=0).long())
-            similar = [routed, in_common, shared + self.similar.counted(rows, layers, experts)]
+            shared = shared + self.similar.counted(rows, layers, experts)
+            similar = [routed, in_common, preceding, shared]
         last, sums = self.sums(layers, experts, gates)
         seen, told = torch.maximum(seen, last), told + sums
         logits, row = self.logits(previous, averages, token, seen, told, similar)
-        return seen, told, *similar[2:], self.calibration(logits, row)
+        return seen, told, *similar[3:], self.calibration(logits, row)
 
     def sums(
         self, layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"], gates: Float[Tensor, "B M K"]
@@ -168,7 +172,8 @@ class Step(nn.Module):
         """(logits of every layer, the rows of the calibration tables that go with them).
 
         token: the token's tensors, but for what the window has in common with it. similar: the window's
-        routing, what it has in common, and how many experts it shares; nothing where nobody looks.
+        routing, what it has in common, and how many experts its preceding tokens and itself share; nothing
+        where nobody looks.
         """
         start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
@@ -184,8 +189,8 @@ class Step(nn.Module):
             maps, row = [*maps, repeats.float(), usual], seen + first_row
         maps += [pairs.view(-1, 1, spec.num_layers, spec.num_experts)]
         if self.similar is not None:
-            routed, in_common, shared = similar
-            maps += [self.similar.routing(routed, in_common, shared, seen).sqrt()]
+            routed, in_common, preceding, shared = similar
+            maps += [self.similar.routing(routed, in_common, preceding, shared, seen).sqrt()]
         counts = predictor.counts
         said = functional.linear(y, counts.weight * self.unit[:, None], counts.bias * self.unit)
         shares_of_maps = said.view(-1, predictor.maps, spec.num_layers, 1)
@@ -215,13 +220,14 @@ class Predict(nn.Module):
         """As `Step.logits`. further: what else is added to x."""
         context, previous, averages, *window, token_id, experts, gates = inputs
         reads_ids, looks = self.step.predictor.reads_ids, self.step.similar
-        start, *ours = self.begin(context, *(window if reads_ids else window[1:]), token_id)
+        of_window = window if looks is None else window[:-1]
+        start, *ours = self.begin(context, *(of_window if reads_ids else of_window[1:]), token_id)
         layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
         similar: list[Tensor] = []
         if looks is not None:
             *ours, in_common = ours
             routed = window[1] if reads_ids else window[0]
-            similar = [routed, in_common, looks.counted(routed, layers, experts)]
+            similar = [routed, in_common, window[-1], looks.counted(routed, layers, experts)]
         token = [start if further is None else start + further, *ours]
         return self.step.logits(previous, averages, token, *self.sums(layers, experts, gates), similar)
 

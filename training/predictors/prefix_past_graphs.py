@@ -14,7 +14,7 @@ from torch.nn import functional
 
 from training.calibration import Calibration
 from training.predictors.prefix import PrefixPredictor
-from training.predictors.similar_graphs import alike, at_places
+from training.predictors.similar_graphs import Preceding, alike, at_places
 from training.repeats import ORDERS, place_weights
 from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 
@@ -59,7 +59,7 @@ class Begin(nn.Module):
             return (context.clone(), *(alike(past, None, predictor.config.window) for past in window))
         number = _number(token_id)
         known = number > 0
-        ids, routed, *counts = window
+        ids, routed, *past = window
         wanted = torch.where(known, number, LIKE_NONE)
         same = torch.cat([ids.abs(), ids], 1) == wanted[:, None, None]  # B 2 T
         repeats = self.repeats(routed, same)
@@ -69,7 +69,7 @@ class Begin(nn.Module):
         maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
         in_bytes = (maps.sqrt() * PER_WEIGHT + 0.5).to(torch.uint8)
         usual = predictor.usual(token).view(-1, 1, spec.num_layers, spec.num_experts)
-        in_common = (alike(past, same, predictor.config.window) for past in counts)
+        in_common = (alike(count, same, predictor.config.window) for count in past)
         return start, in_bytes, usual, self.calibration.first_row(known), *in_common
 
     def token(self, number: Int32[Tensor, "B"], ids: Int32[Tensor, "B 1 T"]) -> Float[Tensor, "B C"]:
@@ -114,6 +114,7 @@ class Advance(nn.Module):
             trunk += [predictor.token_trunk.weight[:, config.token_width :]]
             self.tokens = nn.Buffer(predictor.tokens.weight[: predictor.vocabulary.id_rows].detach().clone())
         self.trunk = nn.Buffer(torch.cat(trunk, 1).detach())
+        self.preceding = Preceding(spec, config) if config.similar else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: the tensors of the state it reads, token_id, experts, and gates, of no use to it."""
@@ -128,10 +129,13 @@ class Advance(nn.Module):
             ids, tokens = self._ids_moved_on(ids, _number(token_id))
             told += [tokens]
         if window:
-            routed_before, *counts = window
+            routed_before, *looked_at = window
             newest, leaving = experts.to(routed_before.dtype), experts.shape[2]
             window = [torch.cat([newest, routed_before[:, :, :-leaving]], 2)]
-            window += [(past + 1).clamp(max=self.predictor.config.window) for past in counts]
+        if self.preceding is not None:
+            past, preceding = looked_at
+            window += [(past + 1).clamp(max=self.predictor.config.window)]
+            window += [self.preceding(preceding, routed_before, past, experts)]
         if self.predictor.reads_ids:
             window = [ids, *window]
         maps = routed.to(torch.uint8).unflatten(2, shape), averages.unflatten(2, shape).half()

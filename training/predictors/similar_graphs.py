@@ -7,8 +7,9 @@ experts are shared; `routing` ranks the window by it, and adds up the best ones'
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Float16, Int, Int32, Int64, UInt8
 from torch import Tensor, nn
+from torch.nn import functional
 
 from traces.spec import RoutingSpec
 from training.config import PrefixConfig
@@ -22,17 +23,17 @@ class Similar(nn.Module):
         self,
         spec: RoutingSpec,
         config: PrefixConfig,
-        likeness: Float[Tensor, "L+1 5"],
+        likeness: Float[Tensor, "L+1 5+M"],
         rise: Float[Tensor, "L"],
         fade: Float[Tensor, "L+1 1"],
     ) -> None:
         super().__init__()
         self.spec, self.count = spec, config.similar
-        plain, lately, of_id, of_pair, of_age = likeness.detach().unbind(1)
+        plain, lately, of_id, of_pair, of_age, *of_preceding = likeness.detach().unbind(1)
         # Of an expert shared: 1, and as much as if the middle layer were the last one; of no layer, nothing.
         of_layer = torch.stack([torch.ones_like(rise), rise], 1)
-        self.of_layer = nn.Buffer(nn.functional.pad(of_layer, (0, 0, 1, 0)))
-        self.of_shared = nn.Buffer(torch.stack([plain, lately * fade[:, 0]], 1)[:, None])
+        self.of_layer = nn.Buffer(functional.pad(of_layer, (0, 0, 1, 0)))
+        self.of_shared = nn.Buffer(torch.stack([plain, lately * fade[:, 0], *of_preceding], 1)[:, None])
         never, nothing = torch.full_like(of_id, NEVER), torch.zeros_like(of_id)
         self.of_kind = nn.Buffer(torch.stack([never, nothing, of_id, of_id + of_pair], 1).view(-1, 1))
         ages = torch.arange(1, config.window + 1, dtype=torch.float32)
@@ -50,28 +51,59 @@ class Similar(nn.Module):
         batch, told, _ = rows.shape
         chosen = self.ones.new_zeros((batch, told, self.spec.num_experts))
         chosen = chosen.scatter(2, experts.clamp(min=0).long(), 1.0)
-        both = nn.functional.embedding(layers + 1, self.of_layer).mT @ chosen.gather(2, rows.long())
+        both = functional.embedding(layers + 1, self.of_layer).mT @ chosen.gather(2, rows.long())
         return (both.unflatten(2, (-1, self.spec.top_k)) @ self.ones)[..., 0]
 
     def routing(
         self,
         routed: Int[Tensor, "B L W*K"],
         alike: UInt8[Tensor, "B W"],
+        preceding: Float16[Tensor, "B M W"],
         shared: Float[Tensor, "B 2 W"],
         seen: Int32[Tensor, "B"],
     ) -> Float[Tensor, "B 1 L E"]:
         """The map of the most similar tokens, before its root is taken."""
         spec = self.spec
+        shared = torch.cat([shared, preceding.float()], 1)
         of_shared = (self.of_shared.index_select(0, seen) @ shared)[:, 0]
-        kind = nn.functional.embedding((seen * 4)[:, None] + alike.int(), self.of_kind)[..., 0]
+        kind = functional.embedding((seen * 4)[:, None] + alike.int(), self.of_kind)[..., 0]
         score = of_shared + kind + self.of_age.index_select(0, seen)
         best, place = score.topk(self.count)
-        share = nn.functional.pad(best, (0, 1)).softmax(-1)[:, :-1]
+        share = functional.pad(best, (0, 1)).softmax(-1)[:, :-1]
         target = at_places(routed, place, spec.top_k).long() + self.first  # B L J*K
         weight = share[:, None, :, None].expand(-1, spec.num_layers, -1, spec.top_k)
         empty = share.new_full((seen.shape[0], spec.num_layers * spec.num_experts), LEAST)
         spread = empty.scatter_add(1, target.flatten(1), weight.flatten(1))
         return spread.view(-1, 1, spec.num_layers, spec.num_experts)
+
+
+class Preceding(nn.Module):
+    """What `Similar` is told of a finished token: how many experts its window shares with it, on average."""
+
+    def __init__(self, spec: RoutingSpec, config: PrefixConfig) -> None:
+        super().__init__()
+        decays = torch.tensor(config.preceding_decays)[:, None]
+        self.keep, self.take = nn.Buffer(decays), nn.Buffer(1 - decays)
+        self.one_hot = nn.Buffer(torch.eye(spec.num_experts))
+        self.ones = nn.Buffer(torch.ones(1, spec.num_layers))
+        self.ages = nn.Buffer(torch.arange(config.window))
+        self.top_k = spec.top_k
+
+    def forward(
+        self,
+        preceding: Float16[Tensor, "B M W"],
+        routed: Int[Tensor, "B L W*K"],
+        past: Int32[Tensor, "B"],
+        experts: Int32[Tensor, "B L K"],
+    ) -> Float16[Tensor, "B M W"]:
+        """Averages for the next token. routed, past: of the token that is finished.
+
+        Its neighbour at a place of the window and the next token's at the same place are as far apart.
+        """
+        chosen = functional.embedding(experts, self.one_hot).sum(2)  # B L E
+        both = (self.ones @ chosen.gather(2, routed.long()))[:, 0].unflatten(1, (-1, self.top_k)).sum(2)
+        shared = both * (self.ages < past[:, None])
+        return (self.keep * preceding.float() + self.take * shared[:, None]).half()
 
 
 def at_places(
