@@ -15,7 +15,7 @@ class TrainConfig:
     batch_tokens: tokens of a step, over all processes (count; a multiple of block_tokens).
     block_tokens: consecutive tokens drawn together, so that their history is built once (count).
     prefixes: prefixes of seen layers tried for each token of a step, the empty one among them (count).
-    near: by how much more the layer after the last one seen counts; less, the further ahead (1).
+    near: by how much more each of the four layers after the last one seen counts (1).
     learning_rate: peak step size of AdamW (1).
     weight_decay: decoupled decay of weight matrices and embeddings (1 / step size).
     warmup_steps: steps until the peak step size; after it, a cosine down to 0 (count).

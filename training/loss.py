@@ -13,8 +13,8 @@ from traces.spec import RoutingSpec
 
 # What an expert that is routed to counts among the others: as good as nothing, but not the logarithm of 0.
 TINY = 1e-9
-# Layers over which the weight of the next one falls by a factor of e, and how many of them weigh more at all.
-NEAR, NEAREST = 10.0, 4
+# How many layers after the last one seen count more: what a server has time to fetch is among them.
+NEAREST = 4
 
 
 def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:
@@ -24,14 +24,13 @@ def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"
 
 
 def weighted(seen: Int64[Tensor, "B P"], num_layers: int, near: float) -> Float[Tensor, "B P L"]:
-    """What each layer counts in training: as `unseen`; once layers were seen, the next one 1 + near times.
+    """What each layer counts in training: as `unseen`; once layers were seen, the next four 1 + near times.
 
-    The further ahead, the less of it. At token start, all alike.
+    At token start, all alike.
     """
     ahead = torch.arange(num_layers, device=seen.device) - seen[..., None]
     told = (seen > 0)[..., None]
-    more = near * told * (ahead < NEAREST) * torch.exp(-ahead.clamp(min=0) / NEAR)
-    return (ahead >= 0) * (1 + more)
+    return (ahead >= 0) * (1 + near * told * (ahead < NEAREST))
 
 
 def weighted_next(num_layers: int, near: float, prefixes: int) -> Float[Tensor, "A L"]:
@@ -41,7 +40,7 @@ def weighted_next(num_layers: int, near: float, prefixes: int) -> Float[Tensor, 
     """
     ahead = torch.arange(min(NEAREST, num_layers))[:, None]
     told = torch.arange(num_layers) - ahead > 0
-    return near * told * torch.exp(-ahead / NEAR) * ((prefixes - 1) / num_layers)
+    return near * told * ((prefixes - 1) / num_layers)
 
 
 def loss_of(spec: RoutingSpec) -> Callable[..., Tensor]:

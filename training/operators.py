@@ -1,6 +1,6 @@
 """Operators that ONNX has and torch says in several: one operator costs ONNX Runtime half a microsecond.
 
-predictors -> shares, rows_at, sum_of_rows -> TRANSLATIONS -> `training.onnx_graph`
+predictors -> shares, rows_at, sum_of_rows, falling -> TRANSLATIONS -> `training.onnx_graph`
 """
 
 from __future__ import annotations
@@ -63,6 +63,22 @@ def _sum_of_rows(weights: Any, rows: Any) -> Any:
     return op.Squeeze(op.MatMul(line, lines), _ints(1))
 
 
+@torch.library.custom_op("specmoe::falling", mutates_args=())
+def falling(values: Tensor) -> Tensor:
+    """Places [*, K] of the values of each row, largest first; of equal ones, the first first."""
+    return values.argsort(dim=-1, descending=True, stable=True)
+
+
+@falling.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values, dtype=torch.int64)
+
+
+def _falling(values: Any) -> Any:
+    _, places = op.TopK(values, _ints(values.shape[-1]))
+    return places
+
+
 def _ints(*values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
@@ -71,4 +87,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.specmoe.shares.default: _shares,
     torch.ops.specmoe.rows_at.default: _rows_at,
     torch.ops.specmoe.sum_of_rows.default: _sum_of_rows,
+    torch.ops.specmoe.falling.default: _falling,
 }

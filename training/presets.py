@@ -34,7 +34,7 @@ class Preset:
 ATTENTION = TrainConfig(block_tokens=16, learning_rate=1e-3)
 
 PRESETS = {
-    DEFAULT: Preset(PrefixConfig(), TrainConfig(near=15.0)),
+    DEFAULT: Preset(PrefixConfig(), TrainConfig(near=10.0)),
     "interlayer": Preset(InterlayerConfig(), ATTENTION),
     "interlayer-extended": Preset(
         InterlayerConfig(width=320, heads=10, hidden=1280, blocks=5),

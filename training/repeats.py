@@ -52,12 +52,19 @@ def place_weights(count: int, decay: float) -> Float[Tensor, "J"]:
 
 
 def spread(
-    experts: Int[Tensor, "*N J L K"], weights: Float[Tensor, "*N J"], num_experts: int
+    experts: Int[Tensor, "*N J L K"],
+    weights: Float[Tensor, "*N J"],
+    num_experts: int,
+    ranks: Float[Tensor, "K"] | None = None,
 ) -> Float[Tensor, "*N L E"]:
-    """The places' routing, added up: of each expert, how much weight went to it."""
+    """The places' routing, added up: of each expert, how much weight went to it.
+
+    ranks: what the first, the second of a token's experts counts; None: all alike.
+    """
     *batch, count, layers, top_k = experts.shape
     first = torch.arange(layers, device=experts.device)[:, None] * num_experts
     target = (experts.long() + first).reshape(*batch, count * layers * top_k)
-    share = weights[..., None].expand(*batch, count, layers * top_k).reshape(target.shape)
+    by_rank = weights[..., None] * (weights.new_ones(top_k) if ranks is None else ranks)
+    share = by_rank[..., None, :].expand(*batch, count, layers, top_k).reshape(target.shape)
     empty = torch.zeros(*batch, layers * num_experts, device=experts.device)
     return empty.scatter_add(-1, target, share).unflatten(-1, (layers, num_experts))

@@ -44,10 +44,13 @@ def beginning(averages: int) -> Float[Tensor, "5+M"]:
 
 
 class Window:
-    """The W tokens before each token of a trace, newest first. W is 0 for those who do not look at them."""
+    """The W tokens before each token of a trace, newest first. W is 0 for those who do not look at them.
+
+    The experts of a token come by falling gate; where gates are unknown, as the trace has them.
+    """
 
     def __init__(self, trace: RoutingTrace, tokens: int) -> None:
-        self._experts = trace.experts
+        self._experts = by_gate(trace)
         self._ids = None if trace.token_ids is None else trace.token_ids.astype(np.int64)
         self._position = np.arange(trace.num_tokens) - np.repeat(trace.starts[:-1], np.diff(trace.starts))
         self._ages = np.arange(1, tokens + 1)
@@ -75,6 +78,14 @@ class Window:
 
     def _before(self, tokens: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N W"]:
         return np.maximum(tokens[:, None] - self._ages, 0)
+
+
+def by_gate(trace: RoutingTrace) -> Int16[np.ndarray, "N L K"]:
+    """Experts by falling gate."""
+    if trace.gates is None:
+        return trace.experts
+    order = np.argsort(-trace.gates, -1, kind="stable")
+    return np.take_along_axis(trace.experts, order, -1)
 
 
 def _shared_with_window(trace: RoutingTrace, window: int) -> UInt16[np.ndarray, "N W"]:
@@ -144,13 +155,15 @@ class MostSimilar:
         rows = torch.arange(len(prefixes), device=prefixes.device)[:, None]
         return MostSimilar(self.place[rows, prefixes], self.share[rows, prefixes])
 
-    def routing(self, window: Int[Tensor, "B W L K"], num_experts: int) -> Float[Tensor, "B P L E"]:
-        """The sum of their routing, and LEAST."""
+    def routing(
+        self, window: Int[Tensor, "B W L K"], num_experts: int, ranks: Float[Tensor, "K"]
+    ) -> Float[Tensor, "B P L E"]:
+        """The sum of their routing, and LEAST. ranks: what the first, the second of their experts counts."""
         rows = torch.arange(len(window), device=window.device)[:, None, None]
-        return spread(window[rows, self.place], self.share, num_experts) + LEAST
+        return spread(window[rows, self.place], self.share, num_experts, ranks) + LEAST
 
     def routing_ahead(
-        self, window: Int[Tensor, "B W L K"], early: int, num_experts: int
+        self, window: Int[Tensor, "B W L K"], early: int, num_experts: int, ranks: Float[Tensor, "K"]
     ) -> Float[Tensor, "B S E"]:
         """Of the prefix of s layers, their `routing` in layer s + early alone; as long as there is one."""
         target = torch.arange(early, window.shape[2], device=window.device)
@@ -158,4 +171,4 @@ class MostSimilar:
         place, share = (x[:, : len(target)] for x in (self.place, self.share))
         experts = window[rows, place, target[:, None]].long()  # B S J K
         empty = share.new_full((*place.shape[:2], num_experts), LEAST)
-        return empty.scatter_add(2, experts.flatten(2), share.repeat_interleave(experts.shape[-1], 2))
+        return empty.scatter_add(2, experts.flatten(2), (share[..., None] * ranks).flatten(2))

@@ -132,6 +132,19 @@ def test_a_batch_of_steps_equals_its_rows(speculator: Speculator) -> None:
         np.testing.assert_allclose(together[one], alone, atol=1e-5)
 
 
+def test_with_gates_the_order_of_experts_does_not_matter(speculator: Speculator) -> None:
+    states = []
+    for order in (slice(None), slice(None, None, -1)):
+        state = speculator.initial_state(1)
+        for token in range(6):
+            ids, experts, gates = tokens(token, 1)
+            experts, gates = (np.ascontiguousarray(a[..., order]) for a in (experts, gates))
+            state = speculator.advance(state, ids, experts, gates)
+        states.append(state)
+    for name, ours, theirs in zip(speculator.manifest.state, *states, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=1e-3, err_msg=name.name)
+
+
 def test_weights_of_another_predictor_are_refused(published: Path, tmp_path: Path) -> None:
     shutil.copytree(published / "run", tmp_path / "run")
     run = read_run(tmp_path / "run")

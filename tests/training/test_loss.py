@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.loss import NEAR, NEAREST, set_loss, top_one_loss, unseen, weighted, weighted_next
+from training.loss import NEAREST, set_loss, top_one_loss, unseen, weighted, weighted_next
 
 SEEN = torch.tensor([[0, 2], [0, 1]])
 
@@ -22,8 +22,7 @@ def test_with_one_routed_expert_it_is_the_cross_entropy() -> None:
 
 def test_the_next_layers_count_more_once_layers_were_seen() -> None:
     near = 2.0
-    fading = [near * math.exp(-ahead / NEAR) for ahead in range(2)]
-    expected = [[[1, 1, 1], [0, 0, 1 + near]], [[1, 1, 1], [0, 1 + fading[0], 1 + fading[1]]]]
+    expected = [[[1, 1, 1], [0, 0, 1 + near]], [[1, 1, 1], [0, 1 + near, 1 + near]]]
     torch.testing.assert_close(weighted(SEEN, 3, near), torch.tensor(expected))
     torch.testing.assert_close(weighted(SEEN, 3, 0.0), unseen(SEEN, 3))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
@@ -34,6 +35,7 @@ TRACE = toy_trace((30, 12, 1), seed=9)
 WINDOW = 8
 WEIGHTS = (0.1, 0.7, 2.0, 0.5, -0.3, 0.04, 0.02)
 DECAYS = (0.0, 0.5)
+RANKS = torch.linspace(1.5, 0.5, SPEC.top_k)
 
 
 def in_common(token: int, back: int) -> int:
@@ -88,6 +90,16 @@ def test_preceding_tokens_are_compared_at_the_same_distance(
     np.testing.assert_allclose(came, expected, rtol=1e-3)  # kept in half precision at a block's start
 
 
+def test_experts_of_a_window_come_by_falling_gate() -> None:
+    gates = TRACE.gates
+    assert gates is not None and (np.diff(gates, axis=-1) < 0).any()
+    tokens = np.array([5])
+    strongest_last = replace(TRACE, gates=gates[..., ::-1])
+    came = Window(strongest_last, WINDOW).experts(tokens)[0, :5]
+    assert np.array_equal(came, TRACE.experts[4::-1, :, ::-1])
+    assert np.array_equal(Window(replace(TRACE, gates=None), WINDOW).experts(tokens)[0, 0], TRACE.experts[4])
+
+
 def test_without_ids_there_are_tokens_and_nothing_in_common() -> None:
     tokens = np.arange(TRACE.num_tokens)
     alike = Window(TRACE, WINDOW).alike(tokens)
@@ -135,10 +147,14 @@ def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
     _, window = made_up(1)
     score = torch.full((2, 1, WINDOW), NEVER)
     score[0, 0, 5], score[0, 0, 2], score[0, 0, 1] = 2.0, 1.0, 0.5
-    came = MostSimilar.by(score, 2).routing(window, SPEC.num_experts) - LEAST
+    came = MostSimilar.by(score, 2).routing(window, SPEC.num_experts, RANKS) - LEAST
     total = np.exp(2) + np.exp(1) + 1  # one stands for none of them
     weights = torch.tensor([[np.exp(2) / total, np.exp(1) / total]], dtype=torch.float32)
-    expected = spread(window[:1, [5, 2]], weights, SPEC.num_experts)
+    expected = torch.zeros(1, SPEC.num_layers, SPEC.num_experts)
+    for (place, weight), layer, rank in itertools.product(
+        zip((5, 2), weights[0].tolist(), strict=True), range(SPEC.num_layers), range(SPEC.top_k)
+    ):
+        expected[0, layer, window[0, place, layer, rank]] += weight * RANKS[rank]
     torch.testing.assert_close(came[:1, 0], expected)
     torch.testing.assert_close(came[1], torch.zeros_like(came[1]))  # of nobody
 
@@ -146,13 +162,13 @@ def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
 def test_routing_of_one_layer_is_that_of_all_layers_there() -> None:
     _, window = made_up(2)
     similar = MostSimilar.by(torch.randn(2, SPEC.num_layers, WINDOW), 3)
-    of_all = similar.routing(window, SPEC.num_experts)
+    of_all = similar.routing(window, SPEC.num_experts, RANKS)
     for early in range(SPEC.num_layers):
-        came = similar.routing_ahead(window, early, SPEC.num_experts)
+        came = similar.routing_ahead(window, early, SPEC.num_experts, RANKS)
         torch.testing.assert_close(came, of_all.diagonal(early, 1, 2).mT)
     some = torch.tensor([[2, 0], [1, 1]])
     torch.testing.assert_close(
-        similar.of(some).routing(window, SPEC.num_experts), of_all[torch.arange(2)[:, None], some]
+        similar.of(some).routing(window, SPEC.num_experts, RANKS), of_all[torch.arange(2)[:, None], some]
     )
 
 

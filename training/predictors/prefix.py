@@ -124,6 +124,7 @@ class PrefixPredictor(Predictor):
         nn.init.constant_(self.counts.bias[earlier_maps * spec.num_layers :], COUNTS_LEARNT)
         if self.likeness is not None:
             self.likeness.weight.data[:] = begun
+            self.ranks = nn.Parameter(torch.ones(spec.top_k))
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]
@@ -225,13 +226,14 @@ class PrefixPredictor(Predictor):
         shares = self.shares(y).permute(1, 3, 0, 2)[prefix, layer].permute(2, 1, 0, 3)  # B L A Q
         logits = (shares[..., : -self.further] @ maps.permute(0, 2, 1, 3)).transpose(1, 2)
         of_pairs = pairs_ahead(near.unflatten(-1, (-1, experts)), len(early))
+        ranks = self.counted_ranks() if similar is not None else None
         answers = []
         for a in range(len(early)):
             own = shares[:, a:, a, -self.further :, None]
             answer = torch.einsum("bsd,sed->bse", y[:, : layers - a], weight[a:]) + bias[a:]
             answer = answer + own[:, :, 0] * of_pairs[a]
-            if similar is not None:
-                answer = answer + own[:, :, 1] * similar.routing_ahead(batch.window, a, experts).sqrt()
+            if similar is not None and ranks is not None:
+                answer = answer + own[:, :, 1] * similar.routing_ahead(batch.window, a, experts, ranks).sqrt()
             answers.append(functional.pad(answer, (0, 0, a, 0)))
         return logits + torch.stack(answers, 1)
 
@@ -247,8 +249,12 @@ class PrefixPredictor(Predictor):
         pairs = self.layer_weights[0][seen] @ ahead(near, spec)
         maps = [pairs.unflatten(-1, (spec.num_layers, spec.num_experts))]
         if similar is not None:
-            maps += [similar.routing(batch.window, spec.num_experts).sqrt()]
+            maps += [similar.routing(batch.window, spec.num_experts, self.counted_ranks()).sqrt()]
         return torch.stack(maps, 2)
+
+    def counted_ranks(self) -> Float[Tensor, "K"]:
+        """What the first, the second expert of a similar token counts: roots are taken of sums of them."""
+        return self.ranks.clamp(min=0)
 
     def most_similar(self, batch: Batch, seen: Int64[Tensor, "B P"]) -> MostSimilar | None:
         """The tokens that were routed most like this one in its first `seen` layers; None: nobody looks."""

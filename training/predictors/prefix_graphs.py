@@ -36,7 +36,8 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
 
     state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
     in bytes; averages, the others, in half precision; ids of the window's tokens, newest first, + 1, 0 where
-    unknown, negative but for those that came after the same id as the next token does; routed, their experts;
+    unknown, negative but for those that came after the same id as the next token does; routed, their experts
+    by falling gate;
     past, how many tokens of the window there are; preceding, how many experts the tokens before each of them
     share with those before the next token, on average.
     token: start, what past and id add to x; repeats, roots of their maps; usual, the map of what is usual for
@@ -113,8 +114,8 @@ class Step(nn.Module):
         self.unit = nn.Buffer(units.repeat_interleave(spec.num_layers))
         self.similar: Similar | None = None
         if predictor.likeness is not None:
-            weights = predictor.likeness.weight
-            self.similar = Similar(spec, predictor.config, weights, self.rise, self.fade)
+            weights, ranks = predictor.likeness.weight, predictor.counted_ranks()
+            self.similar = Similar(spec, predictor.config, weights, ranks, self.rise, self.fade)
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: previous, averages, routed if similar tokens are looked for, the token's tensors, progress,

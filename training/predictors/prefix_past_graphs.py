@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from training.calibration import Calibration
+from training.operators import falling
 from training.predictors.prefix import PrefixPredictor
 from training.predictors.similar_graphs import Preceding, alike, at_places
 from training.repeats import ORDERS, place_weights
@@ -117,8 +118,11 @@ class Advance(nn.Module):
         self.preceding = Preceding(spec, config) if config.similar else None
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """inputs: the tensors of the state it reads, token_id, experts, and gates, of no use to it."""
-        averages, *window, token_id, experts, _ = inputs
+        """inputs: the tensors of the state it reads, token_id, experts, and gates: which of them come first.
+
+        Where gates are unknown, all are alike, and the order stays: routers mostly tell the strongest first.
+        """
+        averages, *window, token_id, experts, gates = inputs
         shape = averages.shape[-2:]
         by_slot = functional.embedding(experts.mT, self.one_hot).flatten(2)  # B K L*E
         routed = self.ones @ by_slot  # a sum, cheaper so
@@ -130,8 +134,9 @@ class Advance(nn.Module):
             told += [tokens]
         if window:
             routed_before, *looked_at = window
-            newest, leaving = experts.to(routed_before.dtype), experts.shape[2]
-            window = [torch.cat([newest, routed_before[:, :, :-leaving]], 2)]
+            leaving = experts.shape[2]
+            newest = experts.gather(2, falling(gates))
+            window = [torch.cat([newest.to(routed_before.dtype), routed_before[:, :, :-leaving]], 2)]
         if self.preceding is not None:
             past, preceding = looked_at
             window += [(past + 1).clamp(max=self.predictor.config.window)]

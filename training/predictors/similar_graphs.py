@@ -17,13 +17,15 @@ from training.similar import LEAST, NEVER
 
 
 class Similar(nn.Module):
-    """likeness: the predictor's weights, by layers seen. rise, fade: as those of `prefix_graphs.Step`."""
+    """likeness, ranks: the predictor's weights, by layers seen and by rank. rise, fade: as those of
+    `prefix_graphs.Step`."""
 
     def __init__(
         self,
         spec: RoutingSpec,
         config: PrefixConfig,
         likeness: Float[Tensor, "L+1 5+M"],
+        ranks: Float[Tensor, "K"],
         rise: Float[Tensor, "L"],
         fade: Float[Tensor, "L+1 1"],
     ) -> None:
@@ -40,6 +42,7 @@ class Similar(nn.Module):
         self.of_age = nn.Buffer(of_age[:, None] * torch.log(ages))
         self.first = nn.Buffer(torch.arange(spec.num_layers)[:, None] * spec.num_experts)
         self.ones = nn.Buffer(torch.ones(spec.top_k, 1))
+        self.ranks = nn.Buffer(ranks.detach())
 
     def counted(
         self, rows: Int[Tensor, "B M W*K"], layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"]
@@ -71,7 +74,7 @@ class Similar(nn.Module):
         best, place = score.topk(self.count)
         share = functional.pad(best, (0, 1)).softmax(-1)[:, :-1]
         target = at_places(routed, place, spec.top_k).long() + self.first  # B L J*K
-        weight = share[:, None, :, None].expand(-1, spec.num_layers, -1, spec.top_k)
+        weight = (share[..., None] * self.ranks)[:, None].expand(-1, spec.num_layers, -1, -1)
         empty = share.new_full((seen.shape[0], spec.num_layers * spec.num_experts), LEAST)
         spread = empty.scatter_add(1, target.flatten(1), weight.flatten(1))
         return spread.view(-1, 1, spec.num_layers, spec.num_experts)
