@@ -20,8 +20,8 @@ from training.augmentation import Change
 from training.averages import Averages
 from training.config import PrefixConfig
 from training.examples import Examples
-from training.repeats import place_weights, places, spread
-from training.similar import Window, without_ids
+from training.repeats import place_weights, places, rank_weights, spread
+from training.similar import Window, by_gate, without_ids
 
 
 @dataclass(frozen=True)
@@ -29,8 +29,9 @@ class Batch:
     """Examples of B tokens of one or more blocks.
 
     routing: by layer, in channel 0 a 1 for each routed expert, in channel 1 its `gate_offsets`; else 0.
-    averages: of channel 0 over earlier tokens of the sequence, one for each decay.
-    repeats: of channel 0 over earlier places of this token (`training.repeats`).
+    averages: over earlier tokens of the sequence, one for each decay, of what each routed expert weighed: K
+    times its share of the gates, 1 where they are unknown.
+    repeats: of the routing at earlier places of this token (`training.repeats`).
     window, alike, preceding: experts of the tokens before, newest first, what they have in common with this
     one, and how many experts the tokens before them share with those before this one, an average for each
     decay (`training.similar`); W is 0 where the predictor does not look at them.
@@ -105,11 +106,13 @@ class Blocks(Examples[Batch]):
         self.gates = trace.gates
         self.token_ids = recent_ids(trace, config.recent_tokens)
         self.first, self.length, begins = cut(trace.starts, block_tokens)
+        self._by_gate = by_gate(trace)
+        self._ranks = rank_weights(self.spec.top_k)
         self._places = places(trace, config.window, config.repeats)
         self._place_weights = place_weights(config.repeats, config.repeat_decay)
         self._looks_back = Window(trace, config.window if config.similar else 0)
         self._routing_before = Averages(
-            self, begins, config.decays, lambda tokens: self._routed(tokens).flatten(-2)
+            self, begins, config.decays, lambda tokens: self._weighed(tokens).flatten(-2)
         )
         self._shared_before = Averages(self, begins, config.preceding_decays, self._looks_back.shared)
 
@@ -133,12 +136,22 @@ class Blocks(Examples[Batch]):
     def _repeats(self, tokens: Int64[np.ndarray, "N"]) -> Float[Tensor, "N 2 L E"]:
         earlier = self._places[tokens]
         weights = torch.from_numpy(earlier >= 0) * self._place_weights
-        return spread(torch.from_numpy(self.experts[earlier]), weights, self.spec.num_experts)
+        experts = torch.from_numpy(self._by_gate[earlier])
+        return spread(experts, weights, self.spec.num_experts, self._ranks)
 
     def _routed(self, tokens: Int64[np.ndarray, "*N"]) -> Float[Tensor, "*N L E"]:
         """1 for each routed expert of these tokens, else 0."""
         dense = torch.zeros(*tokens.shape, self.spec.num_layers, self.spec.num_experts)
         return dense.scatter_(-1, torch.from_numpy(self.experts[tokens].astype(np.int64)), 1.0)
+
+    def _weighed(self, tokens: Int64[np.ndarray, "*N"]) -> Float[Tensor, "*N L E"]:
+        """What each routed expert of these tokens weighs: K times its share of the gates, else 0."""
+        experts = torch.from_numpy(self.experts[tokens].astype(np.int64))
+        weights = torch.ones(experts.shape)
+        if self.gates is not None:
+            weights += torch.from_numpy(gate_offsets(self.gates[tokens]))
+        dense = torch.zeros(*tokens.shape, self.spec.num_layers, self.spec.num_experts)
+        return dense.scatter_(-1, experts, weights)
 
     def _offsets(self, tokens: Int64[np.ndarray, "N"]) -> Float32[np.ndarray, "N L E"]:
         """`gate_offsets` of each routed expert of these tokens, else 0."""

@@ -30,6 +30,7 @@ LITTLE = 0.02
 FLOATS = ("float16", "float32")
 # What a map counts before anything is learnt.
 COPY = 0.3
+LARGEST_BYTE = 255
 
 
 class Outlook(nn.Module):
@@ -55,7 +56,7 @@ class Outlook(nn.Module):
     def logits(self, *state: Tensor) -> Float[Tensor, "B L E"]:
         """state: the tensors of `carried`."""
         shape = (self.spec.num_layers, self.spec.num_experts)
-        maps = [x.float().flatten(1, -3) for x in state if x.shape[-2:] == shape and x.ndim > 3]
+        maps = [_floats(x).flatten(1, -3) for x in state if x.shape[-2:] == shape and x.ndim > 3]
         logs = [
             torch.log(x.float().flatten(1, -3) + LITTLE)
             for x in state
@@ -87,6 +88,11 @@ def readable(state: Sequence[StateTensor], spec: RoutingSpec) -> tuple[StateTens
             remedy="An outlook needs averages of past routing in the state.",
         )
     return found
+
+
+def _floats(x: Tensor) -> Tensor:
+    """Bytes as shares of the largest one."""
+    return x.float() if x.is_floating_point() else x.float() * (1 / LARGEST_BYTE)
 
 
 def _maps(tensor: StateTensor, spec: RoutingSpec) -> int:

@@ -1,7 +1,9 @@
 """Where a token stood before in its sequence, and what it was routed to there.
 
 A model routes a token much as it routed the same token some lines above, more so where the token before it
-was the same, too. So the last few such places are looked up, by id alone, in a window of earlier tokens.
+was the same, too. So the last few such places are looked up, by id alone, in a window of earlier tokens. Of
+what a place was routed to, the strongest expert counts most: one just above the next best may be missed the
+next time.
 
 places -> spread -> repeats [.., ORDERS, L, E] of a training batch; `Begin` does the same from its window
 """
@@ -17,6 +19,9 @@ from traces.trace import RoutingTrace
 
 # The same id; the same id after the same id.
 ORDERS = 2
+# By how much more, and less, than 1 the strongest and the weakest expert count. Learnt weights of similar
+# tokens come out at 1.46, 1.16, 0.83 and 0.49 for gpt-oss-20b.
+RANK_SPREAD = 0.5
 
 
 def places(trace: RoutingTrace, window: int, most: int) -> Int32[np.ndarray, "N 2 J"]:
@@ -49,6 +54,11 @@ def place_weights(count: int, decay: float) -> Float[Tensor, "J"]:
     """
     weights = decay ** torch.arange(count, dtype=torch.float32)
     return weights / weights.sum()
+
+
+def rank_weights(top_k: int) -> Float[Tensor, "K"]:
+    """What the first, the second of a place's experts by falling gate counts; 1 on average."""
+    return torch.linspace(1 + RANK_SPREAD, 1 - RANK_SPREAD, top_k) if top_k > 1 else torch.ones(1)
 
 
 def spread(

@@ -34,8 +34,21 @@ def naive_averages(trace: RoutingTrace) -> np.ndarray:
         for token in range(trace.num_tokens)[trace.sequence(sequence)]:
             averages[token] = average
             for scale, decay in enumerate(DECAYS):
-                average[scale] = decay * average[scale] + (1 - decay) * naive_routing(trace, token)[:, 0]
+                routed, above = naive_routing(trace, token).transpose(1, 0, 2)
+                average[scale] = decay * average[scale] + (1 - decay) * (routed + above)
     return averages
+
+
+def by_rank(trace: RoutingTrace, token: int) -> np.ndarray:
+    """[L, E]: of each routed expert 1.5, 0.5 or what is between, by how many have a larger gate."""
+    spec = trace.spec
+    dense = np.zeros((spec.num_layers, spec.num_experts))
+    assert trace.gates is not None
+    for layer, gates in enumerate(trace.gates[token].tolist()):
+        strongest_first = sorted(range(spec.top_k), key=lambda slot: -gates[slot])
+        for rank, slot in enumerate(strongest_first):
+            dense[layer, trace.experts[token, layer, slot]] = 1.5 - rank / (spec.top_k - 1)
+    return dense
 
 
 def naive_repeats(trace: RoutingTrace, order: int) -> np.ndarray:
@@ -59,7 +72,7 @@ def naive_repeats(trace: RoutingTrace, order: int) -> np.ndarray:
             newest = places[::-1][: CONFIG.repeats]
             total = sum(CONFIG.repeat_decay**rank for rank in range(CONFIG.repeats))
             for rank, place in enumerate(newest):
-                repeats[token] += CONFIG.repeat_decay**rank / total * naive_routing(trace, place)[:, 0]
+                repeats[token] += CONFIG.repeat_decay**rank / total * by_rank(trace, place)
     return repeats
 
 

@@ -38,7 +38,7 @@ from training.dropout import dropout
 from training.errors import ConfigInvalid
 from training.loss import NEAREST
 from training.predictors.predictor import Predictor
-from training.repeats import ORDERS
+from training.repeats import ORDERS, rank_weights
 from training.similar import PRESENT, MostSimilar, beginning, scores, shared
 from training.vocabulary import Vocabulary
 
@@ -124,7 +124,7 @@ class PrefixPredictor(Predictor):
         nn.init.constant_(self.counts.bias[earlier_maps * spec.num_layers :], COUNTS_LEARNT)
         if self.likeness is not None:
             self.likeness.weight.data[:] = begun
-            self.ranks = nn.Parameter(torch.ones(spec.top_k))
+            self.ranks = nn.Parameter(rank_weights(spec.top_k))
 
     def forward(
         self, batch: Batch, rows: Int64[Tensor, "B R"], seen: Int64[Tensor, "B P"]

@@ -22,7 +22,7 @@ from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP
 from training.calibration import Calibration
 from training.operators import rows_at, shares, sum_of_rows
 from training.predictors.prefix import PrefixPredictor, ahead
-from training.predictors.prefix_past_graphs import PER_WEIGHT, Advance, Begin
+from training.predictors.prefix_past_graphs import PER_WEIGHT, Advance, Begin, per_root
 from training.predictors.similar_graphs import Similar
 from training.repeats import ORDERS
 from training.served import Served, tensor
@@ -34,10 +34,10 @@ BYTE_VALUES = 256
 def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     """The four functions of a trained predictor, and what they pass on.
 
-    state: context, what the past adds to x; previous, the average of decay 0, which is the last token's map,
-    in bytes; averages, the others, in half precision; ids of the window's tokens, newest first, + 1, 0 where
-    unknown, negative but for those that came after the same id as the next token does; routed, their experts
-    by falling gate;
+    state: context, what the past adds to x; previous, roots of the average of decay 0, which is the last
+    token's map, in bytes; averages, the others, in half precision; ids of the window's tokens, newest first,
+    + 1, 0 where unknown, negative but for those that came after the same id as the next token does; routed,
+    their experts by falling gate;
     past, how many tokens of the window there are; preceding, how many experts the tokens before each of them
     share with those before the next token, on average.
     token: start, what past and id add to x; repeats, roots of their maps; usual, the map of what is usual for
@@ -108,6 +108,7 @@ class Step(nn.Module):
         self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
         self.ones = nn.Buffer(torch.ones(1, predictor.maps))
         units = torch.ones(predictor.maps)
+        units[0] = 1 / per_root(spec)
         earlier = len(predictor.config.decays)
         if predictor.reads_ids:
             units[earlier : earlier + ORDERS] = 1 / PER_WEIGHT
@@ -184,7 +185,7 @@ class Step(nn.Module):
         x = start + plain + rising * self.fade.index_select(0, seen)
         y = predictor.norm(predictor.blocks(x))
         row = seen
-        maps = [previous.float(), averages.float().sqrt()]  # of a single token, 1 is its own root
+        maps = [previous.float(), averages.float().sqrt()]  # of `previous`, roots are kept
         if predictor.reads_ids:
             repeats, usual, first_row = ours
             maps, row = [*maps, repeats.float(), usual], seen + first_row

@@ -6,25 +6,33 @@ Part of `training.predictors.prefix_graphs`.
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
+from traces.spec import RoutingSpec
 from training.calibration import Calibration
-from training.operators import falling
+from training.operators import falling, shares
 from training.predictors.prefix import PrefixPredictor
 from training.predictors.similar_graphs import Preceding, alike, at_places
-from training.repeats import ORDERS, place_weights
+from training.repeats import ORDERS, RANK_SPREAD, place_weights, rank_weights
 from training.vocabulary import MOST_ROWS, PAIR_SLOTS, UNKNOWN_ROW, Vocabulary
 
 # Ids are kept + 1 in 32 bits, some of them negative: none of them is equal to LIKE_NONE.
 LARGEST_ID = 2**31 - 2
 LIKE_NONE = -(2**31)
-# Roots of repeats, at most 1, are kept in bytes of so many to 1: of 10,000 open sequences that saves 46 MB,
-# and averages in half precision 31 MB.
-PER_WEIGHT = 255
+# Roots of repeats, at most that of the first rank, are kept in bytes of so many to 1: of 10,000 open
+# sequences that saves 46 MB, and averages in half precision 31 MB.
+PER_WEIGHT = math.floor(255 / math.sqrt(1 + RANK_SPREAD))
+
+
+def per_root(spec: RoutingSpec) -> float:
+    """What a byte of the last token's map counts for 1: an expert weighs K at most, and roots are kept."""
+    return 255 / math.sqrt(spec.top_k)
 
 
 class Begin(nn.Module):
@@ -40,11 +48,11 @@ class Begin(nn.Module):
         self.row_of_id = nn.Buffer(_row_of_id(vocabulary))
         self.key_step = vocabulary.key_step
         self.pair_at, self.pair_key = map(nn.Buffer, _pairs(vocabulary))
-        # From 2 down to above 1, more than a place can weigh: the lesser of both is the weight, or 0.
-        self.newest_first = nn.Buffer(2 - torch.arange(config.window) / config.window)
-        weights = place_weights(config.repeats, config.repeat_decay)
-        of_slots = weights[:, None].expand(ORDERS, spec.num_layers, -1, -1).transpose(0, 1).flatten(1, 2)
-        self.weights = nn.Buffer(of_slots.repeat(1, 1, spec.top_k))  # L 2*J K
+        # From 3 down to above 2, more than a place can weigh: the lesser of both is the weight, or 0.
+        self.newest_first = nn.Buffer(3 - torch.arange(config.window) / config.window)
+        weights = place_weights(config.repeats, config.repeat_decay)[:, None] * rank_weights(spec.top_k)
+        of_slots = weights.expand(spec.num_layers, ORDERS, -1, -1)
+        self.weights = nn.Buffer(of_slots.flatten(1, 2).contiguous())  # L 2*J K
         order = torch.arange(ORDERS).repeat_interleave(config.repeats * spec.top_k) * spec.num_layers
         first = (torch.arange(spec.num_layers)[:, None] + order) * spec.num_experts
         self.first = nn.Buffer(first)  # L 2*J*K
@@ -123,9 +131,11 @@ class Advance(nn.Module):
         Where gates are unknown, all are alike, and the order stays: routers mostly tell the strongest first.
         """
         averages, *window, token_id, experts, gates = inputs
+        spec = self.predictor.spec
         shape = averages.shape[-2:]
-        by_slot = functional.embedding(experts.mT, self.one_hot).flatten(2)  # B K L*E
-        routed = self.ones @ by_slot  # a sum, cheaper so
+        by_slot = functional.embedding(experts.mT, self.one_hot)  # B K L E
+        weighed = by_slot * (shares(gates).mT * spec.top_k)[..., None]
+        routed = self.ones @ weighed.flatten(2)  # a sum, cheaper so
         averages = self.keep * averages.float().flatten(2) + self.take * routed
         told = [self.predictor.earlier(torch.cat([routed, averages], 1)).flatten(1)]
         if self.predictor.reads_ids:
@@ -143,7 +153,8 @@ class Advance(nn.Module):
             window += [self.preceding(preceding, routed_before, past, experts)]
         if self.predictor.reads_ids:
             window = [ids, *window]
-        maps = routed.to(torch.uint8).unflatten(2, shape), averages.unflatten(2, shape).half()
+        in_bytes = (routed.sqrt() * per_root(spec) + 0.5).to(torch.uint8)
+        maps = in_bytes.unflatten(2, shape), averages.unflatten(2, shape).half()
         return (torch.cat(told, 1) @ self.trunk.T, *maps, *window)
 
     def _ids_moved_on(
