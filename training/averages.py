@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Float16, Float32, Int64
+from jaxtyping import Bool, Float, Float32, Int64
 from torch import Tensor
 
 from training.examples import Examples
@@ -22,6 +22,7 @@ class Averages:
     """One average for each decay, as if sequences had begun with zeros. Decay 0: of the token before alone.
 
     begins: which blocks begin their sequence. rows: of tokens [..], their numbers [.., F].
+    exact: kept in 32 bits at the start of a block instead of 16.
     """
 
     def __init__(
@@ -30,8 +31,10 @@ class Averages:
         begins: Bool[np.ndarray, "N"],
         decays: tuple[float, ...],
         rows: Callable[[Int64[np.ndarray, "*N"]], Float[Tensor, "*N F"]],
+        *,
+        exact: bool = False,
     ) -> None:
-        self._blocks, self._rows = blocks, rows
+        self._blocks, self._rows, self._exact = blocks, rows, exact
         self._decays = np.asarray(decays, np.float32)
         self._inside = torch.from_numpy(_kernel(self._decays, blocks.block_tokens))
         self._at_start = self._carried_along(begins)
@@ -46,14 +49,14 @@ class Averages:
         inside = torch.einsum("stu,nuf->ntsf", self._inside, rows)
         return inside.addcmul_(torch.from_numpy(fading).T[None, :, :, None], carried[:, None])
 
-    def _carried_along(self, begins: Bool[np.ndarray, "N"]) -> Float16[np.ndarray, "N S F"]:
+    def _carried_along(self, begins: Bool[np.ndarray, "N"]) -> Float[np.ndarray, "N S F"]:
         """Averages over all before each block: zero at a sequence's start, carried from block to block."""
         blocks, tokens = self._blocks, self._blocks.block_tokens
         decays = self._decays[:, None]
         weight = (1 - decays) * decays ** np.arange(tokens - 1, -1, -1, dtype=np.float32)
         fade = decays**tokens
         width = self._rows(blocks.first[:1]).shape[-1]
-        starts = np.zeros((len(blocks), len(decays), width), np.float16)
+        starts = np.zeros((len(blocks), len(decays), width), np.float32 if self._exact else np.float16)
         carried = np.zeros((len(decays), width), np.float32)
         for block in range(len(blocks)):
             if begins[block]:

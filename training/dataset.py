@@ -114,7 +114,10 @@ class Blocks(Examples[Batch]):
         self._routing_before = Averages(
             self, begins, config.decays, lambda tokens: self._weighed(tokens).flatten(-2)
         )
-        self._shared_before = Averages(self, begins, config.preceding_decays, self._looks_back.shared)
+        # Who is among the most similar may hang on the last bits.
+        self._shared_before = Averages(
+            self, begins, config.preceding_decays, self._looks_back.shared, exact=True
+        )
 
     def draw(self, blocks: Int64[np.ndarray, "N"], hide_gates: Bool[np.ndarray, "N"]) -> Batch:
         """The tokens of these blocks, one block after another; some as if no gates were known."""

@@ -64,7 +64,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
     if config.similar:
         state += [tensor("past", "int32")]
-        state += [tensor("preceding", "float16", len(config.preceding_decays), config.window)]
+        state += [tensor("preceding", "float32", len(config.preceding_decays), config.window)]
         token += [tensor("alike", "uint8", config.window)]
         progress += [tensor("shared", "float32", 2, config.window)]
     remembered = tuple(t.name for t in state[3:])

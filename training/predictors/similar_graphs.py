@@ -7,7 +7,7 @@ experts are shared; `routing` ranks the window by it, and adds up the best ones'
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Float16, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -61,13 +61,13 @@ class Similar(nn.Module):
         self,
         routed: Int[Tensor, "B L W*K"],
         alike: UInt8[Tensor, "B W"],
-        preceding: Float16[Tensor, "B M W"],
+        preceding: Float[Tensor, "B M W"],
         shared: Float[Tensor, "B 2 W"],
         seen: Int32[Tensor, "B"],
     ) -> Float[Tensor, "B 1 L E"]:
         """The map of the most similar tokens, before its root is taken."""
         spec = self.spec
-        shared = torch.cat([shared, preceding.float()], 1)
+        shared = torch.cat([shared, preceding], 1)
         of_shared = (self.of_shared.index_select(0, seen) @ shared)[:, 0]
         kind = functional.embedding((seen * 4)[:, None] + alike.int(), self.of_kind)[..., 0]
         score = of_shared + kind + self.of_age.index_select(0, seen)
@@ -94,11 +94,11 @@ class Preceding(nn.Module):
 
     def forward(
         self,
-        preceding: Float16[Tensor, "B M W"],
+        preceding: Float[Tensor, "B M W"],
         routed: Int[Tensor, "B L W*K"],
         past: Int32[Tensor, "B"],
         experts: Int32[Tensor, "B L K"],
-    ) -> Float16[Tensor, "B M W"]:
+    ) -> Float[Tensor, "B M W"]:
         """Averages for the next token. routed, past: of the token that is finished.
 
         Its neighbour at a place of the window and the next token's at the same place are as far apart.
@@ -106,7 +106,7 @@ class Preceding(nn.Module):
         chosen = functional.embedding(experts, self.one_hot).sum(2)  # B L E
         both = (self.ones @ chosen.gather(2, routed.long()))[:, 0].unflatten(1, (-1, self.top_k)).sum(2)
         shared = both * (self.ages < past[:, None])
-        return (self.keep * preceding.float() + self.take * shared[:, None]).half()
+        return self.keep * preceding + self.take * shared[:, None]
 
 
 def at_places(
