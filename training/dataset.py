@@ -7,7 +7,7 @@ few tokens.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -21,7 +21,7 @@ from training.averages import Averages
 from training.config import PrefixConfig
 from training.examples import Examples
 from training.repeats import place_weights, places, rank_weights, spread
-from training.similar import Window, by_gate, without_ids
+from training.similar import Window, without_ids
 
 
 @dataclass(frozen=True)
@@ -96,17 +96,18 @@ def gate_offsets(gates: Float[np.ndarray, "*N K"]) -> Float32[np.ndarray, "*N K"
 class Blocks(Examples[Batch]):
     """The blocks of a trace. Sequences are cut into blocks from their first token on; the last may be short.
 
-    Every array is kept as the trace has it; `draw` makes dense examples of a few blocks.
+    Every array is kept as the trace has it, but for the order of a token's experts, which is by falling gate;
+    `draw` makes dense examples of a few blocks.
     """
 
     def __init__(self, trace: RoutingTrace, block_tokens: int, config: PrefixConfig) -> None:
+        trace = by_gate(trace)
         self.spec: RoutingSpec = trace.spec
         self.block_tokens = block_tokens
         self.experts: Int16[np.ndarray, "N L K"] = trace.experts
         self.gates = trace.gates
         self.token_ids = recent_ids(trace, config.recent_tokens)
         self.first, self.length, begins = cut(trace.starts, block_tokens)
-        self._by_gate = by_gate(trace)
         self._ranks = rank_weights(self.spec.top_k)
         self._places = places(trace, config.window, config.repeats)
         self._place_weights = place_weights(config.repeats, config.repeat_decay)
@@ -139,8 +140,7 @@ class Blocks(Examples[Batch]):
     def _repeats(self, tokens: Int64[np.ndarray, "N"]) -> Float[Tensor, "N 2 L E"]:
         earlier = self._places[tokens]
         weights = torch.from_numpy(earlier >= 0) * self._place_weights
-        experts = torch.from_numpy(self._by_gate[earlier])
-        return spread(experts, weights, self.spec.num_experts, self._ranks)
+        return spread(torch.from_numpy(self.experts[earlier]), weights, self._ranks, self.spec.num_experts)
 
     def _routed(self, tokens: Int64[np.ndarray, "*N"]) -> Float[Tensor, "*N L E"]:
         """1 for each routed expert of these tokens, else 0."""
@@ -164,6 +164,15 @@ class Blocks(Examples[Batch]):
                 dense, self.experts[tokens].astype(np.int64), gate_offsets(self.gates[tokens]), -1
             )
         return dense
+
+
+def by_gate(trace: RoutingTrace) -> RoutingTrace:
+    """The same, each token's experts by falling gate; where gates are unknown, as they were."""
+    if trace.gates is None:
+        return trace
+    order = np.argsort(-trace.gates, -1, kind="stable")
+    experts, gates = (np.take_along_axis(slots, order, -1) for slots in (trace.experts, trace.gates))
+    return replace(trace, experts=experts, gates=gates)
 
 
 def cut(

@@ -19,8 +19,8 @@ from traces.trace import RoutingTrace
 
 # The same id; the same id after the same id.
 ORDERS = 2
-# By how much more, and less, than 1 the strongest and the weakest expert count. Learnt weights of similar
-# tokens come out at 1.46, 1.16, 0.83 and 0.49 for gpt-oss-20b.
+# By how much more, and less, than 1 the strongest and the weakest expert count. Weights that are learnt
+# (`similar.MostSimilar.ranks`) fall about as steeply.
 RANK_SPREAD = 0.5
 
 
@@ -64,17 +64,17 @@ def rank_weights(top_k: int) -> Float[Tensor, "K"]:
 def spread(
     experts: Int[Tensor, "*N J L K"],
     weights: Float[Tensor, "*N J"],
+    ranks: Float[Tensor, "K"],
     num_experts: int,
-    ranks: Float[Tensor, "K"] | None = None,
 ) -> Float[Tensor, "*N L E"]:
     """The places' routing, added up: of each expert, how much weight went to it.
 
-    ranks: what the first, the second of a token's experts counts; None: all alike.
+    ranks: what the first, the second expert of a place counts.
     """
     *batch, count, layers, top_k = experts.shape
     first = torch.arange(layers, device=experts.device)[:, None] * num_experts
     target = (experts.long() + first).reshape(*batch, count * layers * top_k)
-    by_rank = weights[..., None] * (weights.new_ones(top_k) if ranks is None else ranks)
+    by_rank = weights[..., None] * ranks
     share = by_rank[..., None, :].expand(*batch, count, layers, top_k).reshape(target.shape)
     empty = torch.zeros(*batch, layers * num_experts, device=experts.device)
     return empty.scatter_add(-1, target, share).unflatten(-1, (layers, num_experts))

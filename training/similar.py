@@ -44,13 +44,10 @@ def beginning(averages: int) -> Float[Tensor, "5+M"]:
 
 
 class Window:
-    """The W tokens before each token of a trace, newest first. W is 0 for those who do not look at them.
-
-    The experts of a token come by falling gate; where gates are unknown, as the trace has them.
-    """
+    """The W tokens before each token of a trace, newest first. W is 0 for those who do not look at them."""
 
     def __init__(self, trace: RoutingTrace, tokens: int) -> None:
-        self._experts = by_gate(trace)
+        self._experts = trace.experts
         self._ids = None if trace.token_ids is None else trace.token_ids.astype(np.int64)
         self._position = np.arange(trace.num_tokens) - np.repeat(trace.starts[:-1], np.diff(trace.starts))
         self._ages = np.arange(1, tokens + 1)
@@ -78,14 +75,6 @@ class Window:
 
     def _before(self, tokens: Int64[np.ndarray, "N"]) -> Int64[np.ndarray, "N W"]:
         return np.maximum(tokens[:, None] - self._ages, 0)
-
-
-def by_gate(trace: RoutingTrace) -> Int16[np.ndarray, "N L K"]:
-    """Experts by falling gate."""
-    if trace.gates is None:
-        return trace.experts
-    order = np.argsort(-trace.gates, -1, kind="stable")
-    return np.take_along_axis(trace.experts, order, -1)
 
 
 def _shared_with_window(trace: RoutingTrace, window: int) -> UInt16[np.ndarray, "N W"]:
@@ -138,32 +127,32 @@ def scores(
 class MostSimilar:
     """The J most similar tokens: their places in the window, and what each of them counts.
 
-    By the softmax of their scores, beside a 0 that stands for none of them.
+    By the softmax of their scores, beside a 0 that stands for none of them. ranks: what the first, the second
+    expert of each counts.
     """
 
     place: Int64[Tensor, "B P J"]
     share: Float[Tensor, "B P J"]
+    ranks: Float[Tensor, "K"]
 
     @classmethod
-    def by(cls, score: Float[Tensor, "B P W"], count: int) -> MostSimilar:
+    def by(cls, score: Float[Tensor, "B P W"], count: int, ranks: Float[Tensor, "K"]) -> MostSimilar:
         """Those of the highest scores."""
         best, place = score.topk(count)
-        return cls(place, torch.nn.functional.pad(best, (0, 1)).softmax(-1)[..., :-1])
+        return cls(place, torch.nn.functional.pad(best, (0, 1)).softmax(-1)[..., :-1], ranks)
 
     def of(self, prefixes: Int64[Tensor, "B P"]) -> MostSimilar:
         """Those of some of the prefixes."""
         rows = torch.arange(len(prefixes), device=prefixes.device)[:, None]
-        return MostSimilar(self.place[rows, prefixes], self.share[rows, prefixes])
+        return MostSimilar(self.place[rows, prefixes], self.share[rows, prefixes], self.ranks)
 
-    def routing(
-        self, window: Int[Tensor, "B W L K"], num_experts: int, ranks: Float[Tensor, "K"]
-    ) -> Float[Tensor, "B P L E"]:
-        """The sum of their routing, and LEAST. ranks: what the first, the second of their experts counts."""
+    def routing(self, window: Int[Tensor, "B W L K"], num_experts: int) -> Float[Tensor, "B P L E"]:
+        """The sum of their routing, and LEAST."""
         rows = torch.arange(len(window), device=window.device)[:, None, None]
-        return spread(window[rows, self.place], self.share, num_experts, ranks) + LEAST
+        return spread(window[rows, self.place], self.share, self.ranks, num_experts) + LEAST
 
     def routing_ahead(
-        self, window: Int[Tensor, "B W L K"], early: int, num_experts: int, ranks: Float[Tensor, "K"]
+        self, window: Int[Tensor, "B W L K"], early: int, num_experts: int
     ) -> Float[Tensor, "B S E"]:
         """Of the prefix of s layers, their `routing` in layer s + early alone; as long as there is one."""
         target = torch.arange(early, window.shape[2], device=window.device)
@@ -171,4 +160,4 @@ class MostSimilar:
         place, share = (x[:, : len(target)] for x in (self.place, self.share))
         experts = window[rows, place, target[:, None]].long()  # B S J K
         empty = share.new_full((*place.shape[:2], num_experts), LEAST)
-        return empty.scatter_add(2, experts.flatten(2), (share[..., None] * ranks).flatten(2))
+        return empty.scatter_add(2, experts.flatten(2), (share[..., None] * self.ranks).flatten(2))

@@ -1,5 +1,7 @@
 """Blocks against histories computed token by token."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,7 +9,7 @@ import torch
 from tests.training.toy_routing import toy_trace
 from traces.trace import RoutingTrace
 from training.config import PrefixConfig
-from training.dataset import Blocks, gate_offsets
+from training.dataset import Blocks, by_gate, gate_offsets
 
 DECAYS = (0.0, 0.5, 0.9)
 CONFIG = PrefixConfig(decays=DECAYS, recent_tokens=2, window=8, repeats=3, repeat_decay=0.5)
@@ -143,3 +145,15 @@ def test_equal_gates_tell_nothing() -> None:
 def test_gate_offsets_do_not_depend_on_the_scale_of_the_gates() -> None:
     gates = np.array([[0.6, 0.3, 0.1]])
     np.testing.assert_allclose(gate_offsets(gates), gate_offsets(7 * gates), atol=1e-6)
+
+
+def test_experts_come_by_falling_gate_where_gates_are_known() -> None:
+    gates = TRACE.gates
+    assert gates is not None and (np.diff(gates, axis=-1) < 0).any()
+    strongest_last = replace(TRACE, experts=TRACE.experts[..., ::-1], gates=gates[..., ::-1])
+    expected = next(Blocks(TRACE, 4, CONFIG).in_order(TRACE.num_tokens))
+    came = next(Blocks(strongest_last, 4, CONFIG).in_order(TRACE.num_tokens))
+    for name, tensor in vars(came).items():
+        np.testing.assert_array_equal(tensor, getattr(expected, name), err_msg=name)
+    ungated = replace(strongest_last, gates=None)
+    assert by_gate(ungated) is ungated

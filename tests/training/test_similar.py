@@ -90,16 +90,6 @@ def test_preceding_tokens_are_compared_at_the_same_distance(
     np.testing.assert_allclose(came, expected, rtol=1e-3)  # kept in half precision at a block's start
 
 
-def test_experts_of_a_window_come_by_falling_gate() -> None:
-    gates = TRACE.gates
-    assert gates is not None and (np.diff(gates, axis=-1) < 0).any()
-    tokens = np.array([5])
-    strongest_last = replace(TRACE, gates=gates[..., ::-1])
-    came = Window(strongest_last, WINDOW).experts(tokens)[0, :5]
-    assert np.array_equal(came, TRACE.experts[4::-1, :, ::-1])
-    assert np.array_equal(Window(replace(TRACE, gates=None), WINDOW).experts(tokens)[0, 0], TRACE.experts[4])
-
-
 def test_without_ids_there_are_tokens_and_nothing_in_common() -> None:
     tokens = np.arange(TRACE.num_tokens)
     alike = Window(TRACE, WINDOW).alike(tokens)
@@ -147,7 +137,7 @@ def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
     _, window = made_up(1)
     score = torch.full((2, 1, WINDOW), NEVER)
     score[0, 0, 5], score[0, 0, 2], score[0, 0, 1] = 2.0, 1.0, 0.5
-    came = MostSimilar.by(score, 2).routing(window, SPEC.num_experts, RANKS) - LEAST
+    came = MostSimilar.by(score, 2, RANKS).routing(window, SPEC.num_experts) - LEAST
     total = np.exp(2) + np.exp(1) + 1  # one stands for none of them
     weights = torch.tensor([[np.exp(2) / total, np.exp(1) / total]], dtype=torch.float32)
     expected = torch.zeros(1, SPEC.num_layers, SPEC.num_experts)
@@ -161,14 +151,14 @@ def test_the_best_ones_routing_is_added_up_by_their_scores() -> None:
 
 def test_routing_of_one_layer_is_that_of_all_layers_there() -> None:
     _, window = made_up(2)
-    similar = MostSimilar.by(torch.randn(2, SPEC.num_layers, WINDOW), 3)
-    of_all = similar.routing(window, SPEC.num_experts, RANKS)
+    similar = MostSimilar.by(torch.randn(2, SPEC.num_layers, WINDOW), 3, RANKS)
+    of_all = similar.routing(window, SPEC.num_experts)
     for early in range(SPEC.num_layers):
-        came = similar.routing_ahead(window, early, SPEC.num_experts, RANKS)
+        came = similar.routing_ahead(window, early, SPEC.num_experts)
         torch.testing.assert_close(came, of_all.diagonal(early, 1, 2).mT)
     some = torch.tensor([[2, 0], [1, 1]])
     torch.testing.assert_close(
-        similar.of(some).routing(window, SPEC.num_experts, RANKS), of_all[torch.arange(2)[:, None], some]
+        similar.of(some).routing(window, SPEC.num_experts), of_all[torch.arange(2)[:, None], some]
     )
 
 
@@ -180,8 +170,10 @@ def test_permuted_experts_are_permuted_in_the_window_too() -> None:
     assert change is not None
     changed = batch.changed(change)
     ones = torch.ones(batch.window.shape[:2])
-    before = spread(batch.window, ones, SPEC.num_experts)[:, None]
-    torch.testing.assert_close(spread(changed.window, ones, SPEC.num_experts)[:, None], change.inputs(before))
+    before = spread(batch.window, ones, RANKS, SPEC.num_experts)[:, None]
+    torch.testing.assert_close(
+        spread(changed.window, ones, RANKS, SPEC.num_experts)[:, None], change.inputs(before)
+    )
     assert int(changed.alike.max()) == PRESENT < int(batch.alike.max())
 
 

@@ -226,14 +226,13 @@ class PrefixPredictor(Predictor):
         shares = self.shares(y).permute(1, 3, 0, 2)[prefix, layer].permute(2, 1, 0, 3)  # B L A Q
         logits = (shares[..., : -self.further] @ maps.permute(0, 2, 1, 3)).transpose(1, 2)
         of_pairs = pairs_ahead(near.unflatten(-1, (-1, experts)), len(early))
-        ranks = self.counted_ranks() if similar is not None else None
         answers = []
         for a in range(len(early)):
             own = shares[:, a:, a, -self.further :, None]
             answer = torch.einsum("bsd,sed->bse", y[:, : layers - a], weight[a:]) + bias[a:]
             answer = answer + own[:, :, 0] * of_pairs[a]
-            if similar is not None and ranks is not None:
-                answer = answer + own[:, :, 1] * similar.routing_ahead(batch.window, a, experts, ranks).sqrt()
+            if similar is not None:
+                answer = answer + own[:, :, 1] * similar.routing_ahead(batch.window, a, experts).sqrt()
             answers.append(functional.pad(answer, (0, 0, a, 0)))
         return logits + torch.stack(answers, 1)
 
@@ -249,7 +248,7 @@ class PrefixPredictor(Predictor):
         pairs = self.layer_weights[0][seen] @ ahead(near, spec)
         maps = [pairs.unflatten(-1, (spec.num_layers, spec.num_experts))]
         if similar is not None:
-            maps += [similar.routing(batch.window, spec.num_experts, self.counted_ranks()).sqrt()]
+            maps += [similar.routing(batch.window, spec.num_experts).sqrt()]
         return torch.stack(maps, 2)
 
     def counted_ranks(self) -> Float[Tensor, "K"]:
@@ -264,7 +263,7 @@ class PrefixPredictor(Predictor):
         plain, lately = (of_layers[seen] @ by_layer for of_layers in self.layer_weights)
         in_common = batch.alike if self.reads_ids else batch.alike.clamp(max=PRESENT)
         score = scores(self.likeness(seen), in_common, plain, lately, batch.preceding)
-        return MostSimilar.by(score, self.config.similar)
+        return MostSimilar.by(score, self.config.similar, self.counted_ranks())
 
     def encode_past(
         self, batch: Batch, rows: Int64[Tensor, "B R"]

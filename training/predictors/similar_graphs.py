@@ -51,10 +51,7 @@ class Similar(nn.Module):
 
         rows: what the window was routed to in these layers. layers: -1 is none.
         """
-        batch, told, _ = rows.shape
-        chosen = self.ones.new_zeros((batch, told, self.spec.num_experts))
-        chosen = chosen.scatter(2, experts.clamp(min=0).long(), 1.0)
-        both = functional.embedding(layers + 1, self.of_layer).mT @ chosen.gather(2, rows.long())
+        both = functional.embedding(layers + 1, self.of_layer).mT @ chosen_there(rows, experts, self.spec)
         return (both.unflatten(2, (-1, self.spec.top_k)) @ self.ones)[..., 0]
 
     def routing(
@@ -87,10 +84,11 @@ class Preceding(nn.Module):
         super().__init__()
         decays = torch.tensor(config.preceding_decays)[:, None]
         self.keep, self.take = nn.Buffer(decays), nn.Buffer(1 - decays)
-        self.one_hot = nn.Buffer(torch.eye(spec.num_experts))
-        self.ones = nn.Buffer(torch.ones(1, spec.num_layers))
+        self.of_layer, self.of_slot = map(
+            nn.Buffer, (torch.ones(1, spec.num_layers), torch.ones(spec.top_k, 1))
+        )
         self.ages = nn.Buffer(torch.arange(config.window))
-        self.top_k = spec.top_k
+        self.spec = spec
 
     def forward(
         self,
@@ -103,10 +101,18 @@ class Preceding(nn.Module):
 
         Its neighbour at a place of the window and the next token's at the same place are as far apart.
         """
-        chosen = functional.embedding(experts, self.one_hot).sum(2)  # B L E
-        both = (self.ones @ chosen.gather(2, routed.long()))[:, 0].unflatten(1, (-1, self.top_k)).sum(2)
-        shared = both * (self.ages < past[:, None])
-        return self.keep * preceding + self.take * shared[:, None]
+        both = self.of_layer @ chosen_there(routed, experts, self.spec)
+        shared = (both.unflatten(2, (-1, self.spec.top_k)) @ self.of_slot)[..., 0]
+        return self.keep * preceding + self.take * (shared * (self.ages < past[:, None])[:, None])
+
+
+def chosen_there(
+    rows: Int[Tensor, "B M W*K"], experts: Int32[Tensor, "B M K"], spec: RoutingSpec
+) -> Float[Tensor, "B M W*K"]:
+    """1 where what the window was routed to in some layers is among the experts of this token, else 0."""
+    chosen = torch.zeros((*experts.shape[:2], spec.num_experts))
+    chosen = chosen.scatter(2, experts.clamp(min=0).long(), 1.0)
+    return chosen.gather(2, rows.long())
 
 
 def at_places(
