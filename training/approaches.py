@@ -83,9 +83,11 @@ class Approach:
         """The size of the predictor."""
         return QUICK_SIZES[self.predictor] if quick else PRESETS[self.predictor].config
 
-    def training(self, seed: int, *, passes: int | None, quick: bool) -> TrainConfig:
-        """How it is trained. passes: instead of the preset's."""
+    def training(self, seed: int, *, passes: int | None, precision: str | None, quick: bool) -> TrainConfig:
+        """How it is trained. passes, precision: instead of the preset's."""
         changes: dict[str, Any] = dict(self.augmentation)
+        if precision is not None:
+            changes["precision"] = precision
         usual = replace(PRESETS[self.predictor].train, seed=seed, **changes)
         if quick:
             usual = replace(

@@ -52,11 +52,13 @@ class Settings:
     """What must be alike for results to be comparable.
 
     every: one test token in so many is scored. passes: over the training tokens; None: as each preset has it.
+    precision: of products while training (float32 or bfloat16); None: as each preset has it.
     quick: tiny predictors on few tokens, whose numbers mean nothing.
     """
 
     every: int = 1
     passes: int | None = None
+    precision: str | None = None
     quick: bool = False
 
 
@@ -146,7 +148,9 @@ class Comparison:
                 validation=splits.validation.paths,
                 folder=folder,
                 model=None,
-                train_config=approach.training(seed, passes=settings.passes, quick=settings.quick),
+                train_config=approach.training(
+                    seed, passes=settings.passes, precision=settings.precision, quick=settings.quick
+                ),
                 predictor=approach.predictor,
                 predictor_config=approach.config(settings.quick),
                 command=self.command,

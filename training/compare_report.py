@@ -80,12 +80,13 @@ def summary(document: Document) -> str:
     spec, tokens = document["spec"], document["tokens"]
     some = "" if document["every"] == 1 else f", one test token in {document['every']} scored"
     passes = "the presets' passes" if document["passes"] is None else f"{document['passes']} passes each"
+    precision = "" if document["precision"] is None else f" in {document['precision']}"
     given = [name.replace("_", " ") for name in ("token_ids", "gates") if document[name]]
     return (
         f"{spec['num_layers']} layers × {spec['num_experts']} experts, top-{spec['top_k']}, with"
         f" {' and '.join(given) or 'neither token ids nor gates'}. {tokens['train']:,} tokens to train on,"
         f" {tokens['validation']:,} to validate and calibrate, {tokens['test']:,} to test{some}."
-        f" Trained with {passes} and seed 0."
+        f" Trained{precision} with {passes} and seed 0."
     )
 
 

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from training.errors import ConfigInvalid
 
+PRECISIONS = ("float32", "bfloat16")
+
 
 @dataclass(frozen=True)
 class TrainConfig:
@@ -72,7 +74,7 @@ class TrainConfig:
         demand(0 <= self.permute_experts <= 1, "permute_experts", self.permute_experts, "0 to 1")
         demand(0 <= self.mixup <= 10, "mixup", self.mixup, "0 to 10")
         demand(0 <= self.noise <= 1, "noise", self.noise, "0 to 1")
-        demand(self.precision in ("float32", "bfloat16"), "precision", self.precision, "float32 or bfloat16")
+        demand(self.precision in PRECISIONS, "precision", self.precision, " or ".join(PRECISIONS))
         demand(
             self.batch_tokens % self.block_tokens == 0,
             "batch_tokens",

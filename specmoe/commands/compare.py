@@ -18,6 +18,8 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `specmoe compare`."""
+    from training.config import PRECISIONS
+
     parser.add_argument("--traces", type=Path, nargs="+", required=True, help="training traces")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="validation traces")
     parser.add_argument("--test", type=Path, required=True, metavar="FILE|FOLDER", help="what to score on")
@@ -30,6 +32,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--every", type=_positive, default=1, metavar="N", help="score one token in N (1)")
     parser.add_argument("--passes", type=_positive, help="over the training tokens; default: each preset's")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, help="of products while training; default: each preset's"
+    )
     parser.add_argument(
         "--quick", action="store_true", help="tiny predictors on few tokens, in seconds: numbers mean nothing"
     )
@@ -49,7 +54,7 @@ def run(args: argparse.Namespace) -> int:
     comparison = Comparison(
         folder=args.folder,
         splits=splits,
-        settings=Settings(every=args.every, passes=args.passes, quick=args.quick),
+        settings=Settings(every=args.every, passes=args.passes, precision=args.precision, quick=args.quick),
         command=told(sys.argv[1:]),
     )
     document = compare(comparison, approaches, args.top_seeds, _say)

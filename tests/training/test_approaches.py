@@ -15,13 +15,14 @@ def test_every_predictor_and_every_baseline_is_compared() -> None:
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_trained_as_it_is_by_name(name: str) -> None:
-    how = APPROACHES[name].training(0, passes=None, quick=False)
+    how = APPROACHES[name].training(0, passes=None, precision=None, quick=False)
     assert (APPROACHES[name].config(quick=False), how) == (PRESETS[name].config, PRESETS[name].train)
 
 
 def test_an_augmentation_changes_its_own_knob_alone() -> None:
     plain, noisy = (
-        vars(APPROACHES[n].training(0, passes=3, quick=False)) for n in ("prefix", "prefix+noise")
+        vars(APPROACHES[n].training(0, passes=3, precision="bfloat16", quick=False))
+        for n in ("prefix", "prefix+noise")
     )
     assert {name for name in plain if plain[name] != noisy[name]} == {"noise"}
     assert plain["passes"] == 3
@@ -29,7 +30,7 @@ def test_an_augmentation_changes_its_own_knob_alone() -> None:
 
 @pytest.mark.parametrize("name", [name for name, a in APPROACHES.items() if a.predictor])
 def test_a_quick_one_is_small(name: str) -> None:
-    assert APPROACHES[name].training(0, passes=None, quick=True).passes == 1
+    assert APPROACHES[name].training(0, passes=None, precision=None, quick=True).passes == 1
     has_no_size = APPROACHES[name].predictor in ("next-gate", "hidden-linear")
     assert (APPROACHES[name].config(quick=True) == APPROACHES[name].config(quick=False)) == has_no_size
 

@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
+from tests.training.toy_hidden import with_hidden
 from tests.training.toy_run import ALONE, PREDICTOR, TRAIN, VALIDATION, toy_trainer
-from tests.training.toy_zoo import SMALL
+from tests.training.toy_zoo import SMALL, untrained
 from training import checkpoint
 from training.config import PrefixConfig, TrainConfig
 from training.errors import RunInvalid, TrainingError
 from training.loop import CHECKPOINT, Trainer, averaging, schedule
 from training.plan import plan_step
+from training.predictor_configs import reads_hidden
 from training.predictors import examples_of, kind_of
 from training.vocabulary import Vocabulary
 
@@ -37,6 +39,17 @@ def test_asked_with_every_prefix_it_learns_what_comes_next(tmp_path: Path, preci
     before = trainer.look().loss
     trainer.fit()
     assert trainer.best < 0.9 * before
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_predictor_learns_in_half_precision(tmp_path: Path, name: str) -> None:
+    trace = with_hidden(TRAIN) if reads_hidden(SMALL[name]) else TRAIN
+    network = untrained(SMALL[name], trace)
+    blocks = examples_of(trace, CONFIG.block_tokens, SMALL[name])
+    trainer = Trainer(network, blocks, blocks, replace(CONFIG, precision="bfloat16"), tmp_path, ALONE)
+    before = trainer.look().loss
+    trainer.fit()
+    assert trainer.best < before
 
 
 def test_the_next_layers_count_with_every_prefix_as_if_it_had_been_drawn(tmp_path: Path) -> None:

@@ -31,7 +31,8 @@ class Join(nn.Module):
 
     def forward(self, y: Float[Tensor, "*B D"], h: Float[Tensor, "*B D"]) -> Float[Tensor, "*B D"]:
         """The same shape."""
-        return self.norm(torch.lerp(h, y, torch.sigmoid(self.gate(torch.cat([y, h], -1)))))
+        share = torch.sigmoid(self.gate(torch.cat([y, h], -1)))
+        return self.norm(h + share * (y - h))
 
 
 class MultiscalePredictor(WindowPredictor):
