@@ -25,7 +25,7 @@ def test_an_augmentation_changes_its_own_knob_alone() -> None:
         for n in ("prefix", "prefix+noise")
     )
     assert {name for name in plain if plain[name] != noisy[name]} == {"noise"}
-    assert plain["passes"] == 3
+    assert plain["passes"] == 3 and plain["precision"] == "bfloat16"
 
 
 @pytest.mark.parametrize("name", [name for name, a in APPROACHES.items() if a.predictor])
