@@ -70,9 +70,7 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     exact = _assembled(run, predictor, functions, coverage(found, calibration, row), seconds)
     check_parity(functions, exact, trace)
     check_trained(predictor, calibration, blocks, exact, trace)
-    stored = replace(
-        exact, graphs={name: quantized(graph, functions.exact) for name, graph in exact.graphs.items()}
-    )
+    stored = replace(exact, graphs={name: quantized(graph) for name, graph in exact.graphs.items()})
     check_quantized(exact, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
     every = -(-trace.num_tokens // MAX_WINDOWED_TOKENS) if blocks.shares_prefix else 1

@@ -65,7 +65,7 @@ class Outlook(nn.Module):
         z = self.bias + (self.weights * torch.cat(maps + logs, 1)).sum(1)
         if self.narrow is None or self.widen is None:
             return z
-        context = torch.cat([x for x in state if x.ndim == 2], 1)
+        context = torch.cat([x.float() for x in state if x.ndim == 2], 1)
         return z + self.widen(self.narrow(context)).unflatten(1, shape)
 
     def forward(self, *state: Tensor) -> Float[Tensor, "B L E"]:
@@ -81,7 +81,7 @@ class Outlook(nn.Module):
 
 def readable(state: Sequence[StateTensor], spec: RoutingSpec) -> tuple[StateTensor, ...]:
     """The tensors of a state that an outlook can read: maps, float vectors. ExportFailed without any map."""
-    found = tuple(t for t in state if _maps(t, spec) or (len(t.shape) == 1 and t.dtype == "float32"))
+    found = tuple(t for t in state if _maps(t, spec) or (len(t.shape) == 1 and t.dtype in FLOATS))
     if not any(_maps(tensor, spec) for tensor in found):
         raise ExportFailed(
             f"The state has no tensor [n, {spec.num_layers}, {spec.num_experts}] of floats or uint8.",

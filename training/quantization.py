@@ -11,7 +11,7 @@ Tables that are looked up are cut along their rows; they are widened once, when 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,11 +46,8 @@ class _Product:
     fixed: bool
 
 
-def quantized(graph: bytes, exact: Sequence[str] = ()) -> bytes:
-    """The same graph, its large constant factors and tables in 8 bits.
-
-    exact: how the names of those end that stay as they are, because another graph has them in a table.
-    """
+def quantized(graph: bytes) -> bytes:
+    """The same graph, its large constant factors and tables in 8 bits."""
     model = onnx.load_from_string(graph)
     constants = _constants(model.graph)
     products = [product for node in model.graph.node if (product := _product(node, constants))]
@@ -59,14 +56,14 @@ def quantized(graph: bytes, exact: Sequence[str] = ()) -> bytes:
     for product in products:
         weight = weights[product.weight]
         weight = weight if product.transposed else weight.T  # N K
-        if weight.ndim == 2 and weight.size >= SMALLEST and not product.weight.endswith(tuple(exact)):
+        if weight.ndim == 2 and weight.size >= SMALLEST:
             name = f"{product.node.output[0]}_weight"
             found, initializers = _in_blocks(product, np.ascontiguousarray(weight), name)
             replaced[product.node.output[0]] = found
             model.graph.initializer.extend(initializers)
     _replace(model.graph, replaced)
     _drop_unused(model.graph)
-    _replace(model.graph, _tables(model.graph, exact))
+    _replace(model.graph, _tables(model.graph))
     _drop_unused(model.graph)
     if replaced:
         model.opset_import.append(helper.make_opsetid(DOMAIN, 1))
@@ -83,14 +80,14 @@ def blocks_of(
     return (np.rint(filled / scales[..., None]) + ZERO).astype(np.uint8), scales
 
 
-def _tables(graph: onnx.GraphProto, exact: Sequence[str]) -> dict[str, list[onnx.NodeProto]]:
+def _tables(graph: onnx.GraphProto) -> dict[str, list[onnx.NodeProto]]:
     """What takes the place of the nodes that widen tables in half precision; adds what it reads."""
     halves = {i.name: i for i in graph.initializer if i.data_type == onnx.TensorProto.FLOAT16}
     replaced = {}
     for node in graph.node:
         half = halves.get(node.input[0]) if node.op_type == "Cast" else None
         (name,) = node.output if half else ("",)
-        if half is None or np.prod(half.dims) < SMALLEST or len(half.dims) < 2 or name.endswith(tuple(exact)):
+        if half is None or np.prod(half.dims) < SMALLEST or len(half.dims) < 2:
             continue
         numbers, scales = rows_of(numpy_helper.to_array(half).astype(np.float32))
         parts = {"rows": numbers, "scales": scales, "shape": np.array(half.dims, np.int64)}

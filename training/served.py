@@ -21,7 +21,6 @@ class Served:
     each takes, in their order; other inputs follow.
     state, token, progress: what a sequence carries from token to token, during a token as begin makes it, and
     from step to step. The last two are empty without begin and step.
-    exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     hidden_size: of the hidden states that predict takes as its last input; 0 where it takes none.
     """
 
@@ -30,7 +29,6 @@ class Served:
     state: tuple[StateTensor, ...]
     token: tuple[StateTensor, ...] = ()
     progress: tuple[StateTensor, ...] = ()
-    exact: tuple[str, ...] = ()
     hidden_size: int = 0
 
 

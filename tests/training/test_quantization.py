@@ -93,13 +93,6 @@ def test_a_table_that_is_looked_up_is_nearly_the_same_and_half_the_size(width: i
     small = quantized(content)
     assert len(small) < 0.6 * len(content)
     np.testing.assert_allclose(answer(small, X), table[X.argmax(1)], atol=np.abs(table).max() / LARGEST / 2)
-    assert len(quantized(content, exact=["table"])) == len(content)
-
-
-def test_what_must_stay_exact_does() -> None:
-    content = GRAPHS["product"]
-    assert kinds(quantized(content, exact=["w"])) == {"MatMul"}
-    np.testing.assert_array_equal(answer(quantized(content, exact=["w"]), X), answer(content, X))
 
 
 def test_small_factors_stay_as_they_are() -> None:

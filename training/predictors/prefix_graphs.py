@@ -34,6 +34,7 @@ BYTE_VALUES = 256
 def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     """The four functions of a trained predictor, and what they pass on.
 
+    What is passed on is kept small: ten thousand sequences should fit into 500 MB.
     state: context, what the past adds to x; previous, roots of the average of decay 0, which is the last
     token's map, in bytes; averages, the others, in half precision; ids of the window's tokens, newest first,
     + 1, 0 where unknown, negative but for those that came after the same id as the next token does; routed,
@@ -45,15 +46,14 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
     this one (`training.similar`).
     progress: seen, the number of the last layer + 1; told, what the layers seen add to x, and their map;
     shared, how many experts each token of the window shares, in all and lately.
-    exact: weights that keep their bits, by the ends of their names (`training.quantization`).
     """
     spec, config = predictor.spec, predictor.config
     layers, experts = spec.num_layers, spec.num_experts
-    state = [tensor("context", "float32", config.width)]
+    state = [tensor("context", "float16", config.width)]
     state += [tensor("previous", "uint8", 1, layers, experts)]
     state += [tensor("averages", "float16", len(config.decays) - 1, layers, experts)]
-    token = [tensor("start", "float32", config.width)]
-    progress = [tensor("seen", "int32"), tensor("told", "float32", 2 * config.width + layers * experts)]
+    token = [tensor("start", "float16", config.width)]
+    progress = [tensor("seen", "int32"), tensor("told", "float16", 2 * config.width + layers * experts)]
     if predictor.reads_ids:
         state += [tensor("ids", "int32", 1, config.window)]
     if predictor.reads_ids or config.similar:
@@ -61,7 +61,7 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         state += [tensor("routed", small, layers, config.window * spec.top_k)]
     if predictor.reads_ids:
         token += [tensor("repeats", "uint8", ORDERS, layers, experts)]
-        token += [tensor("usual", "float32", 1, layers, experts), tensor("first_row", "int32")]
+        token += [tensor("usual", "float16", 1, layers, experts), tensor("first_row", "int32")]
     if config.similar:
         state += [tensor("past", "int32")]
         state += [tensor("preceding", "float32", len(config.preceding_decays), config.window)]
@@ -81,7 +81,6 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
         state=tuple(state),
         token=tuple(token),
         progress=tuple(progress),
-        exact=("fading",),  # step multiplies its table by it when it is loaded, predict what it adds up
     )
 
 
@@ -101,8 +100,9 @@ class Step(nn.Module):
         self.rise = nn.Buffer(decay ** (middle - torch.arange(spec.num_layers)))
         self.fade = nn.Buffer(decay ** (torch.arange(spec.num_layers + 1)[:, None] - 1 - middle))
         routing = predictor.routing.weight.detach().view(-1, spec.num_layers, 2, spec.num_experts)
-        self.routing = nn.Buffer(routing.permute(1, 3, 2, 0).contiguous())  # L E 2 D
-        self.fading = nn.Buffer(predictor.fading.weight.detach().T.contiguous())
+        # As predict multiplies by them, so that both are in the same 8 bits.
+        self.routing = nn.Buffer(routing.transpose(1, 2).flatten(1).contiguous())  # D 2*L*E
+        self.fading = nn.Buffer(predictor.fading.weight.detach().clone())
         self.of_share = nn.Buffer(torch.tensor([[1.0, -1.0], [0.0, spec.top_k]]))
         first = 1 + torch.arange(-1, spec.num_layers).clamp(min=0) * spec.num_experts
         self.layer_row = nn.Buffer(first[:, None].repeat(1, spec.top_k).int())  # by layers seen
@@ -134,17 +134,27 @@ class Step(nn.Module):
             shared = shared + self.similar.counted(rows, layers, experts)
             similar = [routed, in_common, preceding, shared]
         last, sums = self.sums(layers, experts, gates)
-        seen, told = torch.maximum(seen, last), told + sums
-        logits, row = self.logits(previous, averages, token, seen, told, similar)
-        return seen, told, *similar[3:], self.calibration(logits, row)
+        seen, told = torch.maximum(seen, last), told.float() + sums
+        logits, row = self.logits(previous, averages, token, seen, self.parts(told), similar)
+        return seen, told.half(), *similar[3:], self.calibration(logits, row)
+
+    def parts(self, told: Float[Tensor, "B 2*D+L*E"]) -> list[Tensor]:
+        """The sum of what the layers seen add to x, the one that fades, and their map."""
+        width, spec = self.predictor.config.width, self.predictor.spec
+        return list(told.split([width, width, spec.num_layers * spec.num_experts], 1))
 
     def sums(
         self, layers: Int32[Tensor, "B M"], experts: Int32[Tensor, "B M K"], gates: Float[Tensor, "B M K"]
     ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
         """Of the layers told: the last one's number + 1, 0 for none, and what they add to `told`."""
-        plain = self.of_share @ self.routing
-        rising = plain @ self.fading * self.rise[:, None, None, None]
-        pairs = ahead(self.predictor.pairs.permute(2, 1, 0, 3), self.predictor.spec)  # E 2 L L*E
+        spec = self.predictor.spec
+        by_expert = (-1, 2, spec.num_layers, spec.num_experts)
+        plain, rising = (
+            self.of_share @ table.view(by_expert).permute(2, 3, 1, 0)  # L E 2 D
+            for table in (self.routing, self.fading @ self.routing)
+        )
+        rising = rising * self.rise[:, None, None, None]
+        pairs = ahead(self.predictor.pairs.permute(2, 1, 0, 3), spec)  # E 2 L L*E
         embeddings = [plain, rising, self.of_share @ pairs.permute(2, 0, 1, 3)]
         rows = self.rows(torch.cat(embeddings, -1), layers, experts)
         return (layers + 1).amax(1), sum_of_rows(weights_of(gates), rows)
@@ -168,27 +178,26 @@ class Step(nn.Module):
         averages: Float16[Tensor, "B S L E"],
         token: list[Tensor],
         seen: Int32[Tensor, "B"],
-        told: Float[Tensor, "B 2*D+L*E"],
+        told: list[Tensor],
         similar: list[Tensor],
     ) -> tuple[Float[Tensor, "B L E"], Int32[Tensor, "B"]]:
         """(logits of every layer, the rows of the calibration tables that go with them).
 
-        token: the token's tensors, but for what the window has in common with it. similar: the window's
-        routing, what it has in common, and how many experts its preceding tokens and itself share; nothing
-        where nobody looks.
+        token: the token's tensors, but for what the window has in common with it. told: as `parts` has it.
+        similar: the window's routing, what it has in common, and how many experts its preceding tokens and
+        itself share; nothing where nobody looks.
         """
         start, *ours = token
         predictor, spec = self.predictor, self.predictor.spec
-        width = predictor.config.width
-        plain, rising, pairs = told.split([width, width, spec.num_layers * spec.num_experts], 1)
-        start = start + predictor.last_seen.weight.index_select(0, seen)
+        plain, rising, pairs = told
+        start = start.float() + predictor.last_seen.weight.index_select(0, seen)
         x = start + plain + rising * self.fade.index_select(0, seen)
         y = predictor.norm(predictor.blocks(x))
         row = seen
         maps = [previous.float(), averages.float().sqrt()]  # of `previous`, roots are kept
         if predictor.reads_ids:
             repeats, usual, first_row = ours
-            maps, row = [*maps, repeats.float(), usual], seen + first_row
+            maps, row = [*maps, repeats.float(), usual.float()], seen + first_row
         maps += [pairs.view(-1, 1, spec.num_layers, spec.num_experts)]
         if self.similar is not None:
             routed, in_common, preceding, shared = similar
@@ -207,10 +216,21 @@ class Predict(nn.Module):
         super().__init__()
         self.begin, self.step = begin, step
         spec = step.predictor.spec
-        self.layer_number = nn.Buffer(torch.arange(spec.num_layers, dtype=torch.int32))
-        first = torch.arange(2 * spec.num_layers).view(-1, 1, 2) * spec.num_experts
-        self.first_expert = nn.Buffer(first)  # of a layer, routed or not, then by how much
-        self.ones = nn.Buffer(torch.ones(1, spec.num_layers))
+        layers, experts = spec.num_layers, spec.num_experts
+        layer_number = torch.arange(layers, dtype=torch.int32)
+        self.layer_number = nn.Buffer(layer_number)
+        kind = torch.arange(2)  # routed or not, and by how much
+        first = (kind * layers + layer_number.long()[:, None]) * experts
+        self.first_expert = nn.Buffer(first[:, None])  # L 1 2
+        self.first_row = nn.Buffer(layer_number[:, None] * experts)
+        rising = step.rise.repeat_interleave(experts).repeat(2)
+        self.counts = nn.Buffer(torch.stack([torch.ones_like(rising), rising]))  # in either sum
+        # Of each layer, where those before it tell of it, and which of them there are.
+        reach = step.predictor.pairs.shape[-1] // experts
+        before = layer_number.long()[:, None] - 1 - torch.arange(reach)
+        row = before * reach + torch.arange(reach)
+        self.told_at = nn.Buffer(row.clamp(min=0).flatten())
+        self.there = nn.Buffer((before >= 0).float()[:, None])  # L 1 R
 
     def forward(self, *inputs: Tensor) -> Float[Tensor, "B L E"]:
         """inputs: the state's tensors, then token_id [B], experts [B, L, K], gates [B, L, K]."""
@@ -223,7 +243,7 @@ class Predict(nn.Module):
         context, previous, averages, *window, token_id, experts, gates = inputs
         reads_ids, looks = self.step.predictor.reads_ids, self.step.similar
         of_window = window if looks is None else window[:-1]
-        start, *ours = self.begin(context, *(of_window if reads_ids else of_window[1:]), token_id)
+        start, *ours = self.begin.exact(context, *(of_window if reads_ids else of_window[1:]), token_id)
         layers = torch.where(experts[:, :, 0] >= 0, self.layer_number, -1)
         similar: list[Tensor] = []
         if looks is not None:
@@ -235,29 +255,30 @@ class Predict(nn.Module):
 
     def sums(
         self, layers: Int32[Tensor, "B L"], experts: Int32[Tensor, "B L K"], gates: Float[Tensor, "B L K"]
-    ) -> tuple[Int32[Tensor, "B"], Float[Tensor, "B 2*D+L*E"]]:
-        """As `Step.sums`. Of all layers, reading less is worth a few operators more: no rows that rise, and
-        products instead of rows of pairs."""
-        step, weights = self.step, weights_of(gates)
-        rows = step.rows(step.of_share @ step.routing, layers, experts)
-        rising = sum_of_rows(weights * step.rise[:, None, None], rows) @ step.fading
-        told = [sum_of_rows(weights, rows), rising, self.pairs(experts, weights)]
-        return (layers + 1).amax(1), torch.cat(told, 1)
-
-    def pairs(
-        self, experts: Int32[Tensor, "B L K"], weights: Float[Tensor, "B L K 2"]
-    ) -> Float[Tensor, "B L*E"]:
-        """The map of what the layers seen say of those to come."""
+    ) -> tuple[Int32[Tensor, "B"], list[Tensor]]:
+        """As `Step.sums`, in parts. Of all layers, products read less than rows of `Step` would."""
         step, spec = self.step, self.step.predictor.spec
-        known = (weights @ step.of_share) * (experts >= 0)[..., None]  # B L K 2
+        known = (weights_of(gates) @ step.of_share) * (experts >= 0)[..., None]  # B L K 2
         at = self.first_expert + experts.clamp(min=0)[..., None]
         empty = known.new_zeros((known.shape[0], 2 * spec.num_layers * spec.num_experts))
         routing = empty.scatter_add(1, at.flatten(1), known.flatten(1))
-        by_layer = routing.view(-1, spec.num_layers, 2 * spec.num_experts).transpose(0, 1)
-        near = (by_layer @ step.predictor.pairs.flatten(1, 2)).transpose(0, 1)  # B L R*E
-        return (self.ones @ ahead(near, spec)).flatten(1)  # a sum, cheaper so
+        plain, rising = functional.linear(routing[:, None] * self.counts, step.routing).unbind(1)
+        rising = functional.linear(rising, step.fading)
+        return (layers + 1).amax(1), [plain, rising, self.pairs(experts, known)]
+
+    def pairs(
+        self, experts: Int32[Tensor, "B L K"], known: Float[Tensor, "B L K 2"]
+    ) -> Float[Tensor, "B L*E"]:
+        """The map of what the layers seen say of those to come."""
+        pairs, count = self.step.predictor.pairs, self.step.predictor.spec.num_experts
+        table = pairs.transpose(1, 2).reshape(-1, 2 * pairs.shape[-1])  # L*E 2*R*E
+        rows = functional.embedding(self.first_row + experts.clamp(min=0), table)
+        # Sums, cheaper so: over a layer's experts, and over the layers before one.
+        near = known.flatten(2)[:, :, None] @ rows.unflatten(3, (2, -1)).flatten(2, 3)  # B L 1 R*E
+        told = near.reshape(-1, self.told_at.shape[0], count).index_select(1, self.told_at)
+        return (self.there @ told.unflatten(1, (-1, self.there.shape[-1]))).flatten(1)
 
 
 def weights_of(gates: Float[Tensor, "B M K"]) -> Float[Tensor, "B M K 2"]:
-    """What the rows of `Step.embeddings` count: 1, and the gate's share."""
+    """What an expert's two embeddings count, before `of_share`: 1, and the gate's share."""
     return functional.pad(shares(gates)[..., None], (1, 0), value=1.0)

@@ -62,10 +62,19 @@ class Begin(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: the tensors of the state it reads, then token_id [B]. Returns the token's tensors."""
+        start, *ours = self.exact(*inputs)
+        if self.predictor.reads_ids:
+            repeats, usual, *ours = ours
+            ours = [repeats, usual.half(), *ours]
+        return start.half(), *ours
+
+    def exact(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        """As `forward`; nothing is in half precision yet."""
         context, *window, token_id = inputs
+        context = context.float()
         predictor, spec = self.predictor, self.predictor.spec
         if not predictor.reads_ids:
-            return (context.clone(), *(alike(past, None, predictor.config.window) for past in window))
+            return (context, *(alike(past, None, predictor.config.window) for past in window))
         number = _number(token_id)
         known = number > 0
         ids, routed, *past = window
@@ -155,7 +164,7 @@ class Advance(nn.Module):
             window = [ids, *window]
         in_bytes = (routed.sqrt() * per_root(spec) + 0.5).to(torch.uint8)
         maps = in_bytes.unflatten(2, shape), averages.unflatten(2, shape).half()
-        return (torch.cat(told, 1) @ self.trunk.T, *maps, *window)
+        return ((torch.cat(told, 1) @ self.trunk.T).half(), *maps, *window)
 
     def _ids_moved_on(
         self, ids: Int32[Tensor, "B 1 T"], number: Int32[Tensor, "B"]

@@ -51,7 +51,7 @@ class Similar(nn.Module):
 
         rows: what the window was routed to in these layers. layers: -1 is none.
         """
-        both = functional.embedding(layers + 1, self.of_layer).mT @ chosen_there(rows, experts, self.spec)
+        both = functional.embedding(layers + 1, self.of_layer).mT @ chosen_there(rows, experts)
         return (both.unflatten(2, (-1, self.spec.top_k)) @ self.ones)[..., 0]
 
     def routing(
@@ -101,25 +101,26 @@ class Preceding(nn.Module):
 
         Its neighbour at a place of the window and the next token's at the same place are as far apart.
         """
-        both = self.of_layer @ chosen_there(routed, experts, self.spec)
+        both = self.of_layer @ chosen_there(routed, experts)
         shared = (both.unflatten(2, (-1, self.spec.top_k)) @ self.of_slot)[..., 0]
         return self.keep * preceding + self.take * (shared * (self.ages < past[:, None])[:, None])
 
 
-def chosen_there(
-    rows: Int[Tensor, "B M W*K"], experts: Int32[Tensor, "B M K"], spec: RoutingSpec
-) -> Float[Tensor, "B M W*K"]:
+def chosen_there(rows: Int[Tensor, "B M W*K"], experts: Int32[Tensor, "B M K"]) -> Float[Tensor, "B M W*K"]:
     """1 where what the window was routed to in some layers is among the experts of this token, else 0."""
-    chosen = torch.zeros((*experts.shape[:2], spec.num_experts))
-    chosen = chosen.scatter(2, experts.clamp(min=0).long(), 1.0)
-    return chosen.gather(2, rows.long())
+    first, *others = experts.to(rows.dtype).split(1, -1)
+    chosen = rows == first
+    for other in others:
+        chosen = chosen | (rows == other)
+    return chosen.float()
 
 
 def at_places(
     routed: Int[Tensor, "B L W*K"], place: Int64[Tensor, "B J"], top_k: int
 ) -> Int[Tensor, "B L J*K"]:
     """What the window's tokens at these places were routed to."""
-    slots = (place[..., None] * top_k + torch.arange(top_k)).flatten(1)
+    slots = torch.arange(routed.shape[2]).view(-1, top_k)
+    slots = functional.embedding(place, slots).flatten(1)
     return routed.gather(2, slots[:, None].expand(-1, routed.shape[1], -1))
 
 
@@ -130,5 +131,5 @@ def alike(
 
     present: how many there are. same: whether of the same id, and after the same id; None: no ids are read.
     """
-    there = (torch.arange(window) < present[:, None]).to(torch.uint8)
-    return there if same is None else there + same[:, 0].to(torch.uint8) + same[:, 1].to(torch.uint8)
+    there = torch.arange(window) < present[:, None]
+    return (there.int() if same is None else there.int() + same.int().sum(1)).to(torch.uint8)
