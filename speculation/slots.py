@@ -28,9 +28,10 @@ Array = np.ndarray[Any, Any]
 Rows: TypeAlias = Int64[np.ndarray, "n"]
 # No row.
 NOBODY = -1
-# Layers told that go through a step at once, of all its sequences together. Each takes some 40 kB while it
-# runs, which ONNX Runtime keeps: 250 sequences that tell 12 layers would grow the service by 100 MB.
-MOST_TOLD = 64
+# Layers told that go through a step at once, of all its sequences together, and sequences that begin or
+# finish a token at once. Each takes 40 kB or more while it runs, and the system does not get all of it back:
+# 250 sequences that tell 12 layers would need 100 MB.
+MOST_AT_ONCE = 64
 # layers, experts and gates, as `Steps.step` takes them
 Told: TypeAlias = tuple[Int32[np.ndarray, "n M"], Int32[np.ndarray, "n M K"], Float32[np.ndarray, "n M K"]]
 
@@ -132,11 +133,10 @@ class Slots:
         if not begun.all():
             self._begin(rows[~begun])
         columns = int(self.seen[rows].max() - self._worked_in[rows].min())
-        at_once = max(1, MOST_TOLD // max(1, columns))
-        if len(rows) <= at_once:
+        parts = _parts(rows, max(1, MOST_AT_ONCE // max(1, columns)))
+        if len(parts) == 1:
             return self._forecast_together(rows)
-        parts = range(0, len(rows), at_once)
-        return np.concatenate([self._forecast_together(rows[at : at + at_once]) for at in parts])
+        return np.concatenate([self._forecast_together(part) for part in parts])
 
     def keep_warm(self) -> None:
         """Run one of the graphs, each in its turn, so that they stay in the processor's caches."""
@@ -159,7 +159,8 @@ class Slots:
 
     def advance(self, rows: Rows) -> None:
         """Make the current token of each of these sequences history; all its layers must have been told."""
-        self.advance_with(rows, self._token_ids[rows], self._experts[rows], self._gates[rows])
+        for part in _parts(rows, MOST_AT_ONCE):
+            self.advance_with(part, self._token_ids[part], self._experts[part], self._gates[part])
 
     def advance_with(
         self,
@@ -229,8 +230,9 @@ class Slots:
         return single
 
     def _begin(self, rows: Rows) -> None:
-        token = self.steps.begin(_taken(self._begin_state, rows), self._token_ids[rows])
-        _put(self._token, rows, token)
+        for part in _parts(rows, MOST_AT_ONCE):
+            token = self.steps.begin(_taken(self._begin_state, part), self._token_ids[part])
+            _put(self._token, part, token)
         for array in self._progress:
             array[rows] = 0
         self._begun[rows] = True
@@ -251,6 +253,10 @@ class Slots:
             gates[~told] = 1.0
             layers[~told] = -1
         return layers, experts, gates
+
+
+def _parts(rows: Rows, at_once: int) -> list[Rows]:
+    return [rows[first : first + at_once] for first in range(0, len(rows), at_once)]
 
 
 def _taken(arrays: Sequence[Array], rows: Rows) -> tuple[Array, ...]:

@@ -160,7 +160,7 @@ def test_every_layer_is_taken_in_once_however_rows_are_batched(told: list[tuple[
 def test_many_layers_at_once_go_through_in_parts(
     monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]
 ) -> None:
-    monkeypatch.setattr("speculation.slots.MOST_TOLD", most)
+    monkeypatch.setattr("speculation.slots.MOST_AT_ONCE", most)
     steps, came = Counting(), []
     slots = Slots(steps, 3)  # type: ignore[arg-type]
     monkeypatch.setattr(steps, "step", lambda *told: came.append(len(told[3])) or Counting.step(steps, *told))
@@ -170,6 +170,45 @@ def test_many_layers_at_once_go_through_in_parts(
     expected = np.tile((np.arange(LAYERS) < 2).astype(np.float32), (3, 1))
     np.testing.assert_array_equal(slots.forecast(rows)[..., 0], expected)
     assert came == sizes
+
+
+class Sizing(Steps):
+    """Notes how many sequences a call has."""
+
+    def __init__(self, speculator: Speculator) -> None:
+        super().__init__(speculator)
+        self.sizes: list[tuple[str, int]] = []
+
+    def advance(self, state: Any, token_ids: Any, experts: Any, gates: Any) -> tuple[Any, ...]:
+        self.sizes.append(("advance", len(token_ids)))
+        return super().advance(state, token_ids, experts, gates)
+
+    def begin(self, state: Any, token_ids: Any) -> tuple[Any, ...]:
+        self.sizes.append(("begin", len(token_ids)))
+        return super().begin(state, token_ids)
+
+
+@pytest.mark.parametrize("speculator", [SPECULATOR, STEPPING], ids=["from scratch", "in steps"])
+def test_many_sequences_finish_and_begin_a_token_in_parts(
+    monkeypatch: pytest.MonkeyPatch, speculator: Speculator
+) -> None:
+    monkeypatch.setattr("speculation.slots.MOST_AT_ONCE", 2)
+    steps = Sizing(speculator)
+    slots = Slots(steps, 4)
+    rows = np.array([slots.open() for _ in range(4)])
+    token_ids, experts, gates = routed(4, 4, TOY_SPEC, seen=LAYERS)
+    slots.start(rows, token_ids)
+    slots.tell(rows, 0, experts, gates)
+    slots.advance(rows)
+    slots.start(rows, token_ids[::-1])
+    came = slots.forecast(rows)
+    for number, probabilities in enumerate(came):
+        expected = Replayed(speculator)
+        expected.start(int(token_ids[number]))
+        expected.tell(experts[number], gates[number])
+        expected.start(int(token_ids[3 - number]))
+        np.testing.assert_allclose(probabilities, expected.probabilities(), atol=TOLERANCE)
+    assert steps.sizes == [("advance", 2)] * 2 + [("begin", 2)] * 2
 
 
 @pytest.fixture
