@@ -1,6 +1,6 @@
 """Operators that ONNX has and torch says in several: one operator costs ONNX Runtime half a microsecond.
 
-predictors -> shares, rows_at, sum_of_rows, falling -> TRANSLATIONS -> `training.onnx_graph`
+predictors -> shares, rows_at, sum_of_rows, falling, looked_up -> TRANSLATIONS -> `training.onnx_graph`
 """
 
 from __future__ import annotations
@@ -79,6 +79,21 @@ def _falling(values: Any) -> Any:
     return places
 
 
+@torch.library.custom_op("specmoe::looked_up", mutates_args=())
+def looked_up(table: Tensor, places: Tensor) -> Tensor:
+    """Of a table [N] the entries at some places, of any shape."""
+    return table[places.long()]
+
+
+@looked_up.register_fake
+def _(table: Tensor, places: Tensor) -> Tensor:
+    return table.new_empty(places.shape)
+
+
+def _looked_up(table: Any, places: Any) -> Any:
+    return op.Gather(table, places)
+
+
 def _ints(*values: int) -> Any:
     return op.Constant(value_ints=list(values))
 
@@ -88,4 +103,5 @@ TRANSLATIONS: dict[Callable[..., Any], Callable[..., Any]] = {
     torch.ops.specmoe.rows_at.default: _rows_at,
     torch.ops.specmoe.sum_of_rows.default: _sum_of_rows,
     torch.ops.specmoe.falling.default: _falling,
+    torch.ops.specmoe.looked_up.default: _looked_up,
 }

@@ -23,7 +23,7 @@ from training.errors import ExportFailed
 from training.evaluate import evaluate
 from training.export import export, trained
 from training.loop import CHECKPOINT
-from training.parity import check_parity, check_trained
+from training.parity import STEPS_TOLERANCE, check_parity, check_trained
 from training.predictors.predictor import Predictor
 from training.predictors.prefix_graphs import served
 from training.run import read_run
@@ -120,7 +120,7 @@ def test_steps_come_to_what_predict_says(speculator: Speculator, at_once: int, k
         experts[sequence, seen:] = -1
     experts[3, 1] = -1  # passed over
     stepped = step_through(Steps(speculator), state, ids, experts, gates, at_once)
-    np.testing.assert_allclose(stepped, speculator.predict(state, ids, experts, gates), atol=1e-4)
+    np.testing.assert_allclose(stepped, speculator.predict(state, ids, experts, gates), atol=STEPS_TOLERANCE)
 
 
 def test_a_batch_of_steps_equals_its_rows(speculator: Speculator) -> None:

@@ -62,14 +62,20 @@ class Begin(nn.Module):
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         """inputs: the tensors of the state it reads, then token_id [B]. Returns the token's tensors."""
-        start, *ours = self.exact(*inputs)
+        return self.rounded(*self.exact(*inputs))
+
+    def rounded(self, start: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
+        """The token's tensors as they are passed on."""
+        ours = list(others)
         if self.predictor.reads_ids:
-            repeats, usual, *ours = ours
-            ours = [repeats, usual.half(), *ours]
+            repeats, usual, *ours = others
+            ours = [(repeats + 0.5).to(torch.uint8), usual.half(), *ours]
+        if self.predictor.config.similar:
+            ours[-1] = ours[-1].to(torch.uint8)
         return start.half(), *ours
 
     def exact(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        """As `forward`; nothing is in half precision yet."""
+        """As `forward`, but nothing is rounded."""
         context, *window, token_id = inputs
         context = context.float()
         predictor, spec = self.predictor, self.predictor.spec
@@ -79,20 +85,20 @@ class Begin(nn.Module):
         known = number > 0
         ids, routed, *past = window
         wanted = torch.where(known, number, LIKE_NONE)
-        same = torch.cat([ids.abs(), ids], 1) == wanted[:, None, None]  # B 2 T
+        numbers = ids.abs()
+        same = torch.cat([numbers, ids], 1) == wanted[:, None, None]  # B 2 T
         repeats = self.repeats(routed, same)
-        token = self.token(number, ids)
+        token = self.token(number, numbers[:, 0, 0])
         told = torch.cat([token, predictor.earlier(repeats).flatten(1)], 1)
         start = torch.addmm(context, told, self.trunk.T)
         maps = repeats.unflatten(2, (spec.num_layers, spec.num_experts))
-        in_bytes = (maps.sqrt() * PER_WEIGHT + 0.5).to(torch.uint8)
         usual = predictor.usual(token).view(-1, 1, spec.num_layers, spec.num_experts)
         in_common = (alike(count, same, predictor.config.window) for count in past)
-        return start, in_bytes, usual, self.calibration.first_row(known), *in_common
+        return start, maps.sqrt() * PER_WEIGHT, usual, self.calibration.first_row(known), *in_common
 
-    def token(self, number: Int32[Tensor, "B"], ids: Int32[Tensor, "B 1 T"]) -> Float[Tensor, "B C"]:
+    def token(self, number: Int32[Tensor, "B"], before: Int32[Tensor, "B"]) -> Float[Tensor, "B C"]:
         """The embedding of an id, and of the pair it makes with the newest one of the window."""
-        last, before = len(self.row_of_id) - 1, ids[:, 0, 0].abs()
+        last = len(self.row_of_id) - 1
         row_of_id = self.row_of_id.int()
         row = row_of_id.index_select(0, number.clamp(max=last))
         of_before = (row_of_id * self.key_step).index_select(0, before.clamp(max=last))
@@ -108,8 +114,9 @@ class Begin(nn.Module):
         """`training.repeats` of the window's tokens that are the same."""
         spec = self.predictor.spec
         newest, place = torch.where(same, self.newest_first, 0.0).topk(self.predictor.config.repeats)
-        target = at_places(routed, place.flatten(1), spec.top_k).long() + self.first  # B L 2*J*K
-        weights = torch.minimum(newest.flatten(1)[:, None, :, None], self.weights)
+        slots = ORDERS * self.predictor.config.repeats
+        target = at_places(routed, place, spec.top_k).long() + self.first  # B L 2*J*K
+        weights = torch.minimum(newest.view(-1, 1, slots, 1), self.weights)
         empty = weights.new_zeros((same.shape[0], ORDERS * spec.num_layers * spec.num_experts))
         spread = empty.scatter_add(1, target.flatten(1), weights.flatten(1))
         return spread.unflatten(1, (ORDERS, -1))

@@ -7,12 +7,13 @@ experts are shared; `routing` ranks the window by it, and adds up the best ones'
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float, Int, Int32, Int64, UInt8
+from jaxtyping import Bool, Float, Int, Int32, Int64
 from torch import Tensor, nn
 from torch.nn import functional
 
 from traces.spec import RoutingSpec
 from training.config import PrefixConfig
+from training.operators import looked_up
 from training.similar import LEAST, NEVER
 
 
@@ -37,7 +38,7 @@ class Similar(nn.Module):
         self.of_layer = nn.Buffer(functional.pad(of_layer, (0, 0, 1, 0)))
         self.of_shared = nn.Buffer(torch.stack([plain, lately * fade[:, 0], *of_preceding], 1)[:, None])
         never, nothing = torch.full_like(of_id, NEVER), torch.zeros_like(of_id)
-        self.of_kind = nn.Buffer(torch.stack([never, nothing, of_id, of_id + of_pair], 1).view(-1, 1))
+        self.of_kind = nn.Buffer(torch.stack([never, nothing, of_id, of_id + of_pair], 1).flatten())
         ages = torch.arange(1, config.window + 1, dtype=torch.float32)
         self.of_age = nn.Buffer(of_age[:, None] * torch.log(ages))
         self.first = nn.Buffer(torch.arange(spec.num_layers)[:, None] * spec.num_experts)
@@ -57,7 +58,7 @@ class Similar(nn.Module):
     def routing(
         self,
         routed: Int[Tensor, "B L W*K"],
-        alike: UInt8[Tensor, "B W"],
+        alike: Int[Tensor, "B W"],
         preceding: Float[Tensor, "B M W"],
         shared: Float[Tensor, "B 2 W"],
         seen: Int32[Tensor, "B"],
@@ -66,7 +67,7 @@ class Similar(nn.Module):
         spec = self.spec
         shared = torch.cat([shared, preceding], 1)
         of_shared = (self.of_shared.index_select(0, seen) @ shared)[:, 0]
-        kind = functional.embedding((seen * 4)[:, None] + alike.int(), self.of_kind)[..., 0]
+        kind = looked_up(self.of_kind, (seen * 4)[:, None] + alike.int())
         score = of_shared + kind + self.of_age.index_select(0, seen)
         best, place = score.topk(self.count)
         share = functional.pad(best, (0, 1)).softmax(-1)[:, :-1]
@@ -116,20 +117,20 @@ def chosen_there(rows: Int[Tensor, "B M W*K"], experts: Int32[Tensor, "B M K"]) 
 
 
 def at_places(
-    routed: Int[Tensor, "B L W*K"], place: Int64[Tensor, "B J"], top_k: int
+    routed: Int[Tensor, "B L W*K"], place: Int64[Tensor, "B *J"], top_k: int
 ) -> Int[Tensor, "B L J*K"]:
     """What the window's tokens at these places were routed to."""
     slots = torch.arange(routed.shape[2]).view(-1, top_k)
-    slots = functional.embedding(place, slots).flatten(1)
-    return routed.gather(2, slots[:, None].expand(-1, routed.shape[1], -1))
+    slots = functional.embedding(place, slots).view(place.shape[0], 1, -1)
+    return routed.gather(2, slots.expand(-1, routed.shape[1], -1))
 
 
 def alike(
     present: Int32[Tensor, "B"], same: Bool[Tensor, "B 2 W"] | None, window: int
-) -> UInt8[Tensor, "B W"]:
+) -> Int32[Tensor, "B W"]:
     """What each token of the window has in common with this one.
 
     present: how many there are. same: whether of the same id, and after the same id; None: no ids are read.
     """
-    there = torch.arange(window) < present[:, None]
-    return (there.int() if same is None else there.int() + same.int().sum(1)).to(torch.uint8)
+    there = (torch.arange(window) < present[:, None]).int()
+    return there if same is None else there + same.int().sum(1, dtype=torch.int32)
