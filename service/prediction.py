@@ -18,8 +18,7 @@ def predict(speculator: Speculator, batch: Batch) -> Float32[np.ndarray, "B L E"
     """Probabilities of every layer of every sequence's current token; rows of seen layers mean nothing."""
     if len(batch.current) == len(batch.token_ids):
         # No context: every row is a current token, and picking them would cost as much as checking them.
-        state = speculator.initial_state(len(batch.current))
-        return speculator.predict(state, batch.token_ids, batch.experts, batch.gates)
+        return speculator.predict(None, batch.token_ids, batch.experts, batch.gates)
     return _predict(speculator, batch, replay(speculator, batch))
 
 

@@ -36,6 +36,8 @@ State: TypeAlias = tuple[np.ndarray[Any, Any], ...]
 
 # Defaults for absent inputs are kept for batches up to this size; larger ones are made anew.
 LARGEST_KEPT_BATCH = 64
+# A state takes a thousand times as much.
+LARGEST_KEPT_STATE = 16
 
 
 class Speculator:
@@ -72,6 +74,7 @@ class Speculator:
         self._state = [(t.name, np.dtype(t.dtype), t.shape) for t in self.manifest.state]
         self._sets = all_sets(self.manifest.coverage, self.spec.num_layers)
         self._defaults = {batch: self._absent(batch) for batch in range(1, LARGEST_KEPT_BATCH + 1)}
+        self._nothing = self.initial_state(LARGEST_KEPT_STATE)
 
     def coverage_sets(self, level: float) -> CoverageSets:
         """Which experts to fetch so that all routed ones are among them, with a probability in (0, 1].
@@ -100,7 +103,7 @@ class Speculator:
 
     def predict(
         self,
-        state: State,
+        state: State | None,
         token_ids: Int64[np.ndarray, "B"] | None,
         experts: Int32[np.ndarray, "B L K"],
         gates: Float32[np.ndarray, "B L K"] | None,
@@ -108,6 +111,7 @@ class Speculator:
     ) -> Float32[np.ndarray, "B L E"]:
         """Probability that an expert is among the routed ones of a layer of the current token.
 
+        state: None where nothing has happened yet, which costs less than `initial_state`.
         experts: -1 in every slot of a layer not seen yet. Rows of layers that were seen mean nothing.
         hidden: for a version that reads it, what the router of the last layer seen was given; at a token's
         start, what the last layer's was for the token before; zeros or None where unknown. Raises
@@ -117,6 +121,8 @@ class Speculator:
         if hidden is not None:
             self.check_hidden(hidden, len(experts))
         told = self.untold(len(experts)) if hidden is None else (hidden,)
+        if state is None:
+            state = self._nothing_yet(len(experts))
         return self._predict(*[state[place] for place in self._predict.reads], *routing, *told)[0]
 
     def untold(self, batch: int) -> tuple[Float32[np.ndarray, "B H"], ...]:
@@ -150,7 +156,7 @@ class Speculator:
 
     def _checked(
         self,
-        state: State,
+        state: State | None,
         token_ids: np.ndarray[Any, Any] | None,
         experts: np.ndarray[Any, Any],
         gates: np.ndarray[Any, Any] | None,
@@ -170,8 +176,15 @@ class Speculator:
             absent = self._defaults.get(batch) or self._absent(batch)
             token_ids = absent[0] if token_ids is None else token_ids
             gates = absent[1] if gates is None else gates
-        self._check_state(state, batch)
+        if state is not None:
+            self._check_state(state, batch)
         return token_ids, experts, gates
+
+    def _nothing_yet(self, batch: int) -> State:
+        """`initial_state`, for reading only."""
+        if batch > LARGEST_KEPT_STATE:
+            return self.initial_state(batch)
+        return tuple(array[:batch] for array in self._nothing)
 
     def _check_state(self, state: State, batch: int) -> None:
         """Raises InputInvalid where it is not the state of `batch` sequences."""

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from model_store.errors import ChecksumMismatch, VersionNotFound
 from model_store.store import open_store
 from speculation.errors import GoldenMismatch, InputInvalid, ProviderUnavailable
-from speculation.runtime import LARGEST_KEPT_BATCH, Speculator, load_speculator
+from speculation.runtime import LARGEST_KEPT_BATCH, LARGEST_KEPT_STATE, Speculator, load_speculator
 from tests.speculation.toy_routing import routed
 from tests.toy_version import TOY_SPEC, toy_store, toy_stored, toy_version
 
@@ -98,6 +98,16 @@ def test_a_state_is_what_the_manifest_declares():
     state = SPECULATOR.initial_state(3)
     assert [(a.dtype.name, a.shape) for a in state] == [("float32", (3, 4, 8)), ("int32", (3, 1))]
     assert not any(array.any() for array in state)
+
+
+@pytest.mark.parametrize("batch", [1, 3, LARGEST_KEPT_STATE + 1])
+def test_no_state_is_the_initial_one(batch):
+    routing = routed(5, batch, TOY_SPEC)
+    expected = SPECULATOR.predict(SPECULATOR.initial_state(batch), *routing)
+    for _ in range(2):
+        np.testing.assert_array_equal(SPECULATOR.predict(None, *routing), expected)
+    SPECULATOR.advance(SPECULATOR.initial_state(batch), *routed(5, batch, TOY_SPEC, seen=TOY_SPEC.num_layers))
+    np.testing.assert_array_equal(SPECULATOR.predict(None, *routing), expected)
 
 
 def test_an_advanced_state_is_a_state_again():
