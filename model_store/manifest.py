@@ -110,7 +110,11 @@ class Coverage(Part):
 
 
 class Lineage(Part):
-    """Where a version comes from: enough to train it again."""
+    """Where a version comes from: enough to train it again.
+
+    refit: whether it learnt from the validation traces, too. Calibration, coverage and metrics are then those
+    of the run that it repeats, which had not.
+    """
 
     traces: tuple[TraceSource, ...]
     command: str
@@ -119,6 +123,7 @@ class Lineage(Part):
     trained_seconds: Annotated[float, Field(ge=0)]
     hardware: str
     packages: dict[str, str]
+    refit: bool = False
 
 
 class TraceSource(Part):

@@ -21,6 +21,7 @@ SUBCOMMANDS = {
     "collect": "record the routing of a mixture-of-experts model of transformers",
     "reference-moe": "train our own small mixture-of-experts language model on plain text",
     "train": "train a predictor from routing traces",
+    "refit": "train once more, on the validation traces, too",
     "export": "turn a training run into ONNX graphs and a manifest",
     "outlook": "train what tells a cache which experts to keep",
     "publish": "put an exported predictor into a store as a new version",

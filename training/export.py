@@ -26,7 +26,7 @@ from model_store.manifest import (
 )
 from model_store.store import StoredVersion
 from speculation.golden import golden_probabilities
-from speculation.publishing import DRAFT
+from speculation.publishing import DRAFT, read_export
 from speculation.runtime import Speculator
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
@@ -54,6 +54,7 @@ TOLD = ("layers", "experts", "gates")
 def export(folder: Path, *, progress: bool = False) -> Path:
     """Export the best weights of the run in `folder`. Returns the folder with graphs and draft.
 
+    Of a refit, calibration, sets and metrics are those of the run that it repeats; that is exported, too.
     Raises RunInvalid where the run has no finished look yet, ExportFailed where a graph answers otherwise
     than the predictor, and what loading the validation traces raises.
     """
@@ -63,8 +64,10 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     hidden = reads_hidden(run.predictor_config)
     trace, _ = load_traces(run.validation_paths, "validation", run.spec.model, hidden=hidden)
     blocks = as_served(run, trace)
-    predictor.settle(blocks)
-    calibration, found = calibrated(predictor, blocks, progress=progress)
+    judged = predictor if run.refit is None else _judge(run.refit)
+    judged.settle(blocks)
+    predictor.settle_as(judged)
+    calibration, found = calibrated(judged, blocks, progress=progress)
     functions = kind_of(run.predictor_config).served(predictor, calibration)
     row = calibration.first_row_of(True, hidden_told=bool(predictor.hidden_size))
     exact = _assembled(run, predictor, functions, coverage(found, calibration, row), seconds)
@@ -73,10 +76,21 @@ def export(folder: Path, *, progress: bool = False) -> Path:
     stored = replace(exact, graphs={name: quantized(graph) for name, graph in exact.graphs.items()})
     check_quantized(exact, stored, trace)
     speculator = Speculator(stored, provider="cpu", origin=str(folder))
-    every = -(-trace.num_tokens // MAX_WINDOWED_TOKENS) if blocks.shares_prefix else 1
-    metrics = score_version(speculator, trace, every=every, progress=progress).distances()
+    if run.refit is None:
+        every = -(-trace.num_tokens // MAX_WINDOWED_TOKENS) if blocks.shares_prefix else 1
+        scores = score_version(speculator, trace, every=every, progress=progress).distances()
+        metrics = {distance: _flat(score) for distance, score in scores.items()}
+    else:
+        metrics = read_export(export(run.refit, progress=progress))[0].metrics["validation"]
     draft = _draft_of(stored, golden_probabilities(speculator), metrics)
     return _write(folder / EXPORT, draft, stored)
+
+
+def _judge(folder: Path) -> TrainedPredictor:
+    """The predictor of a run that has not seen the validation traces in training."""
+    predictor, _ = trained(read_run(folder), folder)
+    halve(predictor)
+    return predictor
 
 
 def as_served(run: Run, trace: RoutingTrace) -> Examples[Any]:
@@ -180,6 +194,7 @@ def _assembled(
             trained_seconds=seconds,
             hardware=run.hardware,
             packages=run.packages,
+            refit=run.refit is not None,
         ),
     )
     return StoredVersion(complete(draft, 1, graphs), graphs)
@@ -214,10 +229,10 @@ def output_names(functions: Served, name: GraphName) -> list[str]:
     return names[name]
 
 
-def _draft_of(stored: StoredVersion, golden: np.ndarray, metrics: dict[str, dict[str, object]]) -> Draft:
+def _draft_of(stored: StoredVersion, golden: np.ndarray, metrics: dict[str, dict[str, float]]) -> Draft:
     fields = {name: getattr(stored.manifest, name) for name in Draft.model_fields}
     fields["golden"] = tuple(tuple(row) for row in np.round(golden.astype(float), 5))
-    fields["metrics"] = {"validation": {distance: _flat(scores) for distance, scores in metrics.items()}}
+    fields["metrics"] = {"validation": metrics}
     return Draft(**fields)
 
 

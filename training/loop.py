@@ -57,6 +57,8 @@ class Look:
 class Trainer:
     """One training run, from its first step or from its checkpoint.
 
+    validation: None where nothing is kept back: then the last weights are the best. passes: to stop after,
+    None for all of the config's; step sizes are those of all, either way.
     folder: where checkpoint and TensorBoard events go. Raises RunInvalid where the checkpoint there is of
     another predictor.
     """
@@ -65,10 +67,11 @@ class Trainer:
         self,
         predictor: Predictor,
         train: Examples[Batch],
-        validation: Examples[Batch],
+        validation: Examples[Batch] | None,
         config: TrainConfig,
         folder: Path,
         where: Processes,
+        passes: int | None = None,
     ) -> None:
         self.train, self.validation, self.config, self.folder, self.where = (
             train,
@@ -81,6 +84,7 @@ class Trainer:
         self.average = AveragedModel(predictor, multi_avg_fn=averaging(config.averaging))
         self.optimizer = optimizer(predictor, config)
         self.total_steps = config.passes * steps_per_pass(train, config)
+        self.last_step = (passes or config.passes) * steps_per_pass(train, config)
         self.step = 0
         self.best = math.inf
         self.looks_since_best = 0
@@ -93,21 +97,25 @@ class Trainer:
         Interrupted (Ctrl-C), it leaves a checkpoint and raises KeyboardInterrupt.
         """
         bar = tqdm(
-            total=self.total_steps, initial=self.step, unit="step", desc="train", disable=not self.where.leads
+            total=self.last_step, initial=self.step, unit="step", desc="train", disable=not self.where.leads
         )
         began = time.monotonic() - self.seconds
         look_every = self.config.evaluate_every * steps_per_pass(self.train, self.config)
         with bar, _events(self.folder, self.where, self.step) as events:
             try:
-                while self.step < self.total_steps and self.looks_since_best < self.config.patience:
+                while self.step < self.last_step and self.looks_since_best < self.config.patience:
                     loss = self.take_step()
                     bar.update()
                     self.seconds = time.monotonic() - began
                     events.add_scalar("train/loss", loss, self.step)
-                    if self.step % look_every == 0 or self.step == self.total_steps:
-                        look = self.look()
-                        self._keep_best(look)
-                        self._report(look, loss, bar, events)
+                    if self.step % look_every == 0 or self.step == self.last_step:
+                        if self.validation is None:
+                            self.best_weights = self._averaged()
+                            bar.set_postfix_str(f"loss {loss:.3f}")
+                        else:
+                            look = self.look()
+                            self._keep_best(look)
+                            self._report(look, loss, bar, events)
                         self.save()
             except KeyboardInterrupt:
                 self.save()
@@ -226,7 +234,8 @@ class Trainer:
         seen = torch.tensor([0, 1, spec.num_layers // 4, spec.num_layers // 2, 3 * spec.num_layers // 4])
         seen = seen.clamp(max=spec.num_layers - 1).unique()
         sums = torch.zeros(5, device=self.where.device)
-        for number, batch in enumerate(self.validation.in_order(VALIDATION_TOKENS)):
+        validation: Any = self.validation  # nobody asks where there is none
+        for number, batch in enumerate(validation.in_order(VALIDATION_TOKENS)):
             if number % self.where.world != self.where.rank:
                 continue
             rows = torch.from_numpy(self.predictor.vocabulary.rows_of_tokens(batch.token_ids.numpy()))
@@ -257,11 +266,12 @@ class Trainer:
     def _keep_best(self, look: Look) -> None:
         if look.loss < self.best:
             self.best, self.looks_since_best = look.loss, 0
-            self.best_weights = {
-                name: value.clone() for name, value in self.average.module.state_dict().items()
-            }
+            self.best_weights = self._averaged()
         else:
             self.looks_since_best += 1
+
+    def _averaged(self) -> dict[str, Tensor]:
+        return {name: value.clone() for name, value in self.average.module.state_dict().items()}
 
     def _report(self, look: Look, loss: float, bar: tqdm[Any], events: Any) -> None:
         bar.set_postfix_str(
@@ -303,6 +313,18 @@ class Trainer:
         self.step, self.best = saved["step"], saved["best"]
         self.looks_since_best, self.best_weights = saved["looks_since_best"], saved["best_weights"]
         self.seconds = saved["seconds"]
+
+
+def best_passes(folder: Path, in_pass: int, config: TrainConfig) -> int:
+    """After how many passes of `in_pass` steps a finished run had its best look. Raises RunInvalid."""
+    saved = checkpoint.load(folder / CHECKPOINT)
+    looks = math.ceil(saved["step"] / (in_pass * config.evaluate_every))
+    if saved["step"] < in_pass * config.passes and saved["looks_since_best"] < config.patience:
+        raise RunInvalid(
+            f"{folder} is at step {saved['step']} of {in_pass * config.passes}.",
+            remedy="Finish it first: specmoe train --resume.",
+        )
+    return min((looks - int(saved["looks_since_best"])) * config.evaluate_every, config.passes)
 
 
 def schedule(step: int, total: int, warmup: int, restarts: int = 0) -> float:

@@ -5,22 +5,27 @@ specmoe train --traces train.npz --validation validation.npz --run runs/mine --p
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from model_store.documents import check_alias
+from model_store.manifest import TraceSource
 from model_store.store import Store, open_store
 from speculation.publishing import publish_export
+from traces.trace import RoutingTrace, concatenate
 from training.config import TrainConfig
-from training.errors import check_same_shape
+from training.errors import RunInvalid, check_same_shape
+from training.examples import Batch, Examples
 from training.export import export
 from training.hidden_states import check_hidden
-from training.loop import Trainer
+from training.loop import Trainer, best_passes
+from training.plan import steps_per_pass
 from training.predictor_configs import PredictorConfig, reads_hidden
 from training.predictors import examples_of, network_of
 from training.processes import Processes, processes
-from training.run import Run, check_apart, check_resumable, environment, load_traces, write_run
+from training.run import Run, check_apart, check_resumable, environment, load_traces, read_run, write_run
 from training.vocabulary import Vocabulary
 
 
@@ -69,23 +74,95 @@ def train(
             hidden_size=hidden_size,
             **environment(),
         )
-        if resume:
-            check_resumable(folder, run)
-        elif where.leads:
-            write_run(folder, run)
-        torch.manual_seed(train_config.seed)
-        network = network_of(run.spec, predictor_config, run.vocabulary, hidden_size)
-        blocks, looks = (
-            examples_of(trace, train_config.block_tokens, predictor_config)
-            for trace in (train_trace, validation_trace)
-        )
-        network.prepare(blocks)
-        trainer = Trainer(network, blocks, looks, train_config, folder, where)
-        if resume:
-            trainer.resume()
-        trainer.fit()
+        _fit(run, folder, where, train_trace, validation_trace, resume=resume)
         if where.leads:
             _finish(folder, destination, aliases, where)
+
+
+def refit(
+    base_folder: Path,
+    *,
+    traces: tuple[Path, ...],
+    folder: Path,
+    command: str,
+    resume: bool = False,
+    store: str | None = None,
+    aliases: tuple[str, ...] = (),
+) -> None:
+    """Train as the finished run in `base_folder` was, with its validation traces among the training traces.
+
+    traces: the training traces that it had. Otherwise as `train`; raises RunInvalid where they are others.
+    """
+    destination = None if store is None else open_store(store)
+    for alias in aliases:
+        check_alias(alias)
+    base = read_run(base_folder)
+    if base.refit is not None:
+        raise RunInvalid(
+            f"{base_folder} has learnt from its validation traces already.", remedy=f"Give {base.refit}."
+        )
+    with processes() as where:
+        model, hidden = base.spec.model, reads_hidden(base.predictor_config)
+        trace, sources = load_traces(traces, "train", model, hidden=hidden)
+        kept_back, more = load_traces(base.validation_paths, "validation", model, hidden=hidden)
+        _check_same(base_folder, base.sources, sources + more)
+        in_pass = steps_per_pass(_blocks(base, trace), base.train_config)
+        passes = best_passes(base_folder, in_pass, base.train_config)
+        both = concatenate([trace, kept_back])
+        vocabulary = Vocabulary.of(both.token_ids, both.starts)
+        run = replace(
+            base,
+            known_ids=tuple(vocabulary.known.tolist()),
+            known_pairs=tuple((before, token) for before, token in vocabulary.pairs.tolist()),
+            command=command,
+            refit=base_folder.resolve(),
+            **environment(),
+        )
+        _fit(run, folder, where, both, None, resume=resume, passes=passes)
+        if where.leads:
+            _finish(folder, destination, aliases, where)
+
+
+def _check_same(folder: Path, had: tuple[TraceSource, ...], came: tuple[TraceSource, ...]) -> None:
+    """Raise RunInvalid where these are not the traces that a run had."""
+    if [(source.use, source.sha256) for source in had] != [(source.use, source.sha256) for source in came]:
+        names = [
+            ", ".join(source.name for source in sources if source.use == "train") for sources in (had, came)
+        ]
+        raise RunInvalid(
+            f"{folder} was trained on {names[0]}, and {names[1]} came, or one of its traces has changed.",
+            remedy="Give the traces that it was trained on, in the same order.",
+        )
+
+
+def _blocks(run: Run, trace: RoutingTrace) -> Examples[Batch]:
+    return examples_of(trace, run.train_config.block_tokens, run.predictor_config)
+
+
+def _fit(
+    run: Run,
+    folder: Path,
+    where: Processes,
+    trace: RoutingTrace,
+    validation: RoutingTrace | None,
+    *,
+    resume: bool,
+    passes: int | None = None,
+) -> None:
+    """Begin or resume a run, and train it to its end."""
+    if resume:
+        check_resumable(folder, run)
+    elif where.leads:
+        write_run(folder, run)
+    torch.manual_seed(run.train_config.seed)
+    network = network_of(run.spec, run.predictor_config, run.vocabulary, run.hidden_size)
+    blocks = _blocks(run, trace)
+    looks = None if validation is None else _blocks(run, validation)
+    network.prepare(blocks)
+    trainer = Trainer(network, blocks, looks, run.train_config, folder, where, passes)
+    if resume:
+        trainer.resume()
+    trainer.fit()
 
 
 def _finish(folder: Path, store: Store | None, aliases: tuple[str, ...], where: Processes) -> None:

@@ -40,6 +40,7 @@ class Run:
     predictor: its name; predictor_config: its size, of the type that goes with the name (`training.presets`).
     paths: of the validation traces, where they lay on this machine; everything else goes into the lineage.
     known_ids, known_pairs: the vocabulary. hidden_size: of the hidden states it reads, 0 where it reads none.
+    refit: folder of the run that it repeats with the validation traces among the training traces, if any.
     """
 
     spec: RoutingSpec
@@ -55,6 +56,7 @@ class Run:
     hardware: str
     packages: dict[str, str]
     hidden_size: int = 0
+    refit: Path | None = None
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -108,7 +110,7 @@ def _config_of(folder: Path, run: Run) -> PredictorConfig:
 def check_resumable(folder: Path, run: Run) -> None:
     """Raise RunInvalid where the run in `folder` was asked for otherwise: its lineage would not be true."""
     recorded = read_run(folder)
-    for name in ("spec", "predictor", "predictor_config", "train_config", "sources", "hidden_size"):
+    for name in ("spec", "predictor", "predictor_config", "train_config", "sources", "hidden_size", "refit"):
         came, expected = getattr(run, name), getattr(recorded, name)
         if came != expected:
             raise RunInvalid(

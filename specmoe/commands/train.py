@@ -24,12 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
     parser.add_argument("--traces", type=Path, nargs="+", required=True, help="training traces")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="validation traces")
-    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
     parser.add_argument("--model", help="name to publish under; default: the traces' own")
-    parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
-    parser.add_argument("--publish", action="store_true", help="export and publish at the end")
-    parser.add_argument("--store", help="where to publish: a folder or s3://bucket/prefix")
-    parser.add_argument("--alias", action="append", default=[], help="alias to move to the new version")
+    add_ending(parser)
     parser.add_argument("--predictor", choices=PRESETS, default=DEFAULT, help="which; default: %(default)s")
     add_knobs(parser.add_argument_group("training"), {name: preset.train for name, preset in PRESETS.items()})
     add_knobs(
@@ -40,17 +36,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Train, and export and publish where asked to. Returns 0."""
-    from training.errors import ConfigInvalid
     from training.pipeline import train
     from training.presets import PRESETS
 
-    if args.publish and not args.store:
-        raise ConfigInvalid("--publish has no --store.", remedy="Say where to publish: --store FOLDER.")
-    if (args.store or args.alias) and not args.publish:
-        raise ConfigInvalid(
-            "--store and --alias are given without --publish.",
-            remedy="Give --publish as well, or leave them out and run specmoe export and publish later.",
-        )
+    check_ending(args)
     preset = PRESETS[args.predictor]
     _refuse_others(args, preset.train, preset.config)
     train(
@@ -67,6 +56,28 @@ def run(args: argparse.Namespace) -> int:
         aliases=tuple(args.alias),
     )
     return 0
+
+
+def add_ending(parser: argparse.ArgumentParser) -> None:
+    """Where a run goes, and what becomes of it."""
+    parser.add_argument("--run", type=Path, required=True, help="folder of this run")
+    parser.add_argument("--resume", action="store_true", help="go on from the run's checkpoint")
+    parser.add_argument("--publish", action="store_true", help="export and publish at the end")
+    parser.add_argument("--store", help="where to publish: a folder or s3://bucket/prefix")
+    parser.add_argument("--alias", action="append", default=[], help="alias to move to the new version")
+
+
+def check_ending(args: argparse.Namespace) -> None:
+    """Raises ConfigInvalid where it is not said, or said in vain, where to publish."""
+    from training.errors import ConfigInvalid
+
+    if args.publish and not args.store:
+        raise ConfigInvalid("--publish has no --store.", remedy="Say where to publish: --store FOLDER.")
+    if (args.store or args.alias) and not args.publish:
+        raise ConfigInvalid(
+            "--store and --alias are given without --publish.",
+            remedy="Give --publish as well, or leave them out and run specmoe export and publish later.",
+        )
 
 
 def told(arguments: list[str]) -> str:

@@ -143,6 +143,10 @@ class EnsemblePredictor(Predictor):
             scored += float(weight.sum())
         self.weights.copy_(torch.softmax(-losses / scored / self.config.sharpness, 0))
 
+    def settle_as(self, other: Predictor) -> None:
+        """The weights of another one."""
+        self.weights.copy_(other.get_buffer("weights"))
+
     def settled(self) -> dict[str, Any]:
         """What each member counts, for the manifest."""
         shares = [round(share, 4) for share in self.weights.tolist()]

@@ -45,6 +45,9 @@ class Predictor(nn.Module):
     def settle(self, validation: Examples[Batch]) -> None:
         """Before it is calibrated, decide what the validation split decides. Mostly nothing."""
 
+    def settle_as(self, other: Predictor) -> None:
+        """Decide the same as one of the same kind has."""
+
     def settled(self) -> dict[str, Any]:
         """What was decided, for the manifest."""
         return {}
