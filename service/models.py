@@ -104,7 +104,8 @@ def _version_summary(
 def _lineage_summary(lineage: Lineage) -> LineageSummary:
     return LineageSummary(
         traces=[source.name for source in lineage.traces],
-        train_tokens=sum(source.tokens for source in lineage.traces if source.use == "train"),
+        train_tokens=sum(s.tokens for s in lineage.traces if lineage.refit or s.use == "train"),
+        refit=lineage.refit,
         code_revision=lineage.code_revision,
         trained_seconds=lineage.trained_seconds,
         hardware=lineage.hardware,

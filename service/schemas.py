@@ -200,10 +200,14 @@ class ModelList(BaseModel):
 
 
 class LineageSummary(BaseModel):
-    """Where a version comes from, in short."""
+    """Where a version comes from, in short.
+
+    refit: whether it learnt from the validation traces, too; they are in `train_tokens` then.
+    """
 
     traces: list[str]
     train_tokens: int
+    refit: bool
     code_revision: str
     trained_seconds: float
     hardware: str

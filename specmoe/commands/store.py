@@ -159,7 +159,11 @@ def _facts(manifest: Manifest, aliases: list[str]) -> list[tuple[str, str]]:
     facts += [
         ("command", lineage.command),
         ("code", f"{lineage.code_revision}, seed {lineage.seed}"),
-        ("trained", f"{lineage.trained_seconds:,.0f} s on {lineage.hardware}"),
+        (
+            "trained",
+            f"{lineage.trained_seconds:,.0f} s on {lineage.hardware}"
+            + (", on the validation traces, too; scored before that" if lineage.refit else ""),
+        ),
     ]
     return facts
 

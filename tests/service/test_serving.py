@@ -19,7 +19,7 @@ import pytest
 import service.loading
 from model_store.errors import StoreUnavailable
 from model_store.folder import FolderStore
-from model_store.store import StoredVersion
+from model_store.store import StoredVersion, open_store
 from service.app import create_app
 from service.errors import ModelNotReady, ModelNotServed, VersionRefused
 from service.metrics import Metrics
@@ -280,6 +280,19 @@ async def test_versions_list_broken_ones_with_their_reason(store: CountingStore)
     assert sound["lineage"]["train_tokens"] == 100
     assert "manifest.json" in broken["broken"]
     assert [entry["version"] for entry in newest] == [2]
+
+
+async def test_tokens_of_the_validation_traces_count_where_it_learnt_from_them(store: CountingStore) -> None:
+    draft, graphs = toy_version()
+    (source,) = draft.lineage.traces
+    kept_back = source.model_copy(update={"use": "validation", "tokens": 30})
+    for refit in (False, True):
+        lineage = draft.lineage.model_copy(update={"traces": (source, kept_back), "refit": refit})
+        open_store(store.location).publish(draft.model_copy(update={"lineage": lineage}), graphs)
+    async with running_app(Settings(provider="cpu"), store) as client:
+        last, before = (await client.get("/v1/models/toy/versions?limit=2")).json()["versions"]
+    told = [(v["lineage"]["refit"], v["lineage"]["train_tokens"]) for v in (before, last)]
+    assert told == [(False, 100), (True, 130)]
 
 
 async def test_nothing_is_read_before_the_app_is_started(tmp_path: Path) -> None:

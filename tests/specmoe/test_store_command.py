@@ -57,6 +57,15 @@ def test_list_for_scripts(root, capsys):
     )
 
 
+def test_show_tells_whether_it_has_learnt_from_the_validation_traces(root, capsys):
+    draft, graphs = toy_version()
+    lineage = draft.lineage.model_copy(update={"refit": True})
+    open_store(root).publish(draft.model_copy(update={"lineage": lineage}), graphs)
+    for version, told in (("3", True), ("2", False)):
+        assert main(["store", "show", "toy", version, "--store", str(root)]) == 0
+        assert ("on the validation traces, too" in capsys.readouterr().out) == told
+
+
 def test_list_goes_on_where_aliases_are_unreadable(root, capsys):
     (root / "toy" / "aliases.json").write_text("[]")
     assert main(["store", "list", "--store", str(root)]) == 0
