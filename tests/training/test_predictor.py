@@ -8,7 +8,7 @@ import onnx
 import pytest
 import torch
 
-from model_store.manifest import ADVANCE, PREDICT, STEP, GraphName
+from model_store.manifest import ADVANCE, BEGIN, PREDICT, STEP, GraphName
 from tests.training.toy_run import PREDICTOR, TRAIN
 from traces.spec import RoutingSpec
 from training.calibration import Calibration
@@ -104,6 +104,35 @@ def test_served_functions_equal_the_trainable_form(predictor: PrefixPredictor, t
     came = served(predictor, TRAIN.experts[: token + 1], seen)
     # Served, repeats are kept in bytes.
     torch.testing.assert_close(came[seen:], torch.sigmoid(logits)[seen:], atol=2e-3, rtol=0)
+
+
+def test_with_many_layers_steps_still_come_to_what_predict_says() -> None:
+    spec = RoutingSpec("deep", num_layers=60, num_experts=8, top_k=2)
+    torch.manual_seed(0)
+    network = PrefixPredictor(spec, PREDICTOR, Vocabulary.of(None, TRAIN.starts)).eval()
+    with torch.no_grad():
+        for embedding in (network.routing, network.fading):
+            embedding.weight.normal_(std=0.5)
+    functions = graphs_of(network, Calibration(spec.num_layers, spec.top_k))
+    rng = np.random.default_rng(0)
+    experts = torch.from_numpy(np.argsort(rng.random((1, 60, 8)))[..., :2].astype(np.int32))
+    gates = torch.from_numpy(rng.random((1, 60, 2), np.float32))
+    state = {t.name: torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in functions.state}
+    told, step = ([state[name] for name in functions.reads[graph]] for graph in (PREDICT, STEP))
+    with torch.no_grad():
+        token = functions.graphs[BEGIN](*[state[name] for name in functions.reads[BEGIN]], torch.tensor([-1]))
+        progress = [torch.zeros((1, *t.shape), dtype=getattr(torch, t.dtype)) for t in functions.progress]
+        for layer in range(59):
+            part = np.s_[:, layer : layer + 1]
+            number = torch.full((1, 1), layer, dtype=torch.int32)
+            *progress, came = functions.graphs[STEP](
+                *step, *token, *progress, number, experts[part], gates[part]
+            )
+            shown = experts.clone()
+            shown[:, layer + 1 :] = -1
+            expected = functions.graphs[PREDICT](*told, torch.tensor([-1]), shown, gates)
+            ahead_of_it = np.s_[:, layer + 1 :]
+            torch.testing.assert_close(came[ahead_of_it], expected[ahead_of_it], atol=2e-3, rtol=0)
 
 
 def test_the_future_changes_nothing(predictor: PrefixPredictor) -> None:

@@ -87,9 +87,10 @@ def served(predictor: PrefixPredictor, calibration: Calibration) -> Served:
 class Step(nn.Module):
     """What the layers seen add to x, and from x calibrated probabilities of every layer.
 
-    Of x = ... + sum_l a_l + F sum_l fade^(last - l) a_l, `told` holds the first sum, and the second as if the
-    middle layer were the last one. Times fade^(last - middle), it is right for whichever layer is. After them
-    comes the map of what the layers seen say of those to come.
+    Of x = ... + sum_l a_l + F sum_l fade^(last - l) a_l, `told` holds both sums, and after them the map of
+    what the layers seen say of those to come. Within a step, the second sum is as if the middle layer were
+    the last one: times fade^(last - middle), it is right for whichever layer is. Half precision has no room
+    for that.
     """
 
     def __init__(self, predictor: PrefixPredictor, calibration: Calibration) -> None:
@@ -134,9 +135,19 @@ class Step(nn.Module):
             shared = shared + self.similar.counted(rows, layers, experts)
             similar = [routed, in_common, preceding, shared]
         last, sums = self.sums(layers, experts, gates)
-        seen, told = torch.maximum(seen, last), told.float() + sums
+        faded = self.faded()
+        told = told.float() * (1 / faded).index_select(0, seen) + sums
+        seen = torch.maximum(seen, last)
+        told = told * faded.index_select(0, seen)
         logits, row = self.logits(previous, averages, token, seen, self.parts(told), similar)
         return seen, told.half(), *similar[3:], self.calibration(logits, row)
+
+    def faded(self) -> Float[Tensor, "L+1 2*D+L*E"]:
+        """By layers seen, what the sums of a step are multiplied by to be what `told` holds."""
+        width, spec = self.predictor.config.width, self.predictor.spec
+        one = torch.ones_like(self.fade)
+        fading, map_ = self.fade.expand(-1, width), one.expand(-1, spec.num_layers * spec.num_experts)
+        return torch.cat([one.expand(-1, width), fading, map_], 1)
 
     def parts(self, told: Float[Tensor, "B 2*D+L*E"]) -> list[Tensor]:
         """The sum of what the layers seen add to x, the one that fades, and their map."""
@@ -191,7 +202,7 @@ class Step(nn.Module):
         predictor, spec = self.predictor, self.predictor.spec
         plain, rising, pairs = told
         start = start.float() + predictor.last_seen.weight.index_select(0, seen)
-        x = start + plain + rising * self.fade.index_select(0, seen)
+        x = start + plain + rising
         y = predictor.norm(predictor.blocks(x))
         row = seen
         maps = [previous.float(), averages.float().sqrt()]  # of `previous`, roots are kept
@@ -263,8 +274,9 @@ class Predict(nn.Module):
         empty = known.new_zeros((known.shape[0], 2 * spec.num_layers * spec.num_experts))
         routing = empty.scatter_add(1, at.flatten(1), known.flatten(1))
         plain, rising = functional.linear(routing[:, None] * self.counts, step.routing).unbind(1)
-        rising = functional.linear(rising, step.fading)
-        return (layers + 1).amax(1), [plain, rising, self.pairs(experts, known)]
+        seen = (layers + 1).amax(1)
+        rising = functional.linear(rising, step.fading) * step.fade.index_select(0, seen)
+        return seen, [plain, rising, self.pairs(experts, known)]
 
     def pairs(
         self, experts: Int32[Tensor, "B L K"], known: Float[Tensor, "B L K 2"]
