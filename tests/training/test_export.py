@@ -23,7 +23,7 @@ from training.errors import ExportFailed
 from training.evaluate import evaluate
 from training.export import export, trained
 from training.loop import CHECKPOINT
-from training.parity import STEPS_TOLERANCE, check_parity, check_trained
+from training.parity import STEPS_TOLERANCE, _check, check_parity, check_trained
 from training.predictors.predictor import Predictor
 from training.predictors.prefix_graphs import served
 from training.run import read_run
@@ -172,6 +172,16 @@ def test_a_graph_that_says_something_else_is_not_exported(published: Path) -> No
         other.head.bias += 1.0
     with pytest.raises(ExportFailed, match=r"predict at token 0: two answers differ by .*, expected 0\.0001"):
         check_parity(served(other, Calibration(SPEC.num_layers, SPEC.top_k)), stored, VALIDATION)
+
+
+@pytest.mark.parametrize("value", [0.7, 3.0, -3.0, 40.0])
+def test_a_number_in_half_precision_may_be_rounded_either_way_and_no_further(value: float) -> None:
+    number = np.array([value], np.float16)
+    next_one = np.nextafter(number, np.float16(2 * value))
+    _check("it", [next_one], [number])
+    further = number + np.float16(3) * (next_one - number)
+    with pytest.raises(ExportFailed, match=r"it: two answers differ by .*, expected 0\.001"):
+        _check("it", [further], [number])
 
 
 @pytest.mark.parametrize("known", [True, False])
