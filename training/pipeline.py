@@ -91,7 +91,8 @@ def refit(
 ) -> None:
     """Train as the finished run in `base_folder` was, with its validation traces among the training traces.
 
-    traces: the training traces that it had. Otherwise as `train`; raises RunInvalid where they are others.
+    traces: the training traces that it had. command: what comes behind the run's own, in the lineage.
+    Otherwise as `train`; raises RunInvalid where they are others.
     """
     destination = None if store is None else open_store(store)
     for alias in aliases:
@@ -114,7 +115,7 @@ def refit(
             base,
             known_ids=tuple(vocabulary.known.tolist()),
             known_pairs=tuple((before, token) for before, token in vocabulary.pairs.tolist()),
-            command=command,
+            command=f"{base.command} && {command}",
             refit=base_folder.resolve(),
             **environment(),
         )
