@@ -31,7 +31,7 @@ NOBODY = -1
 # Layers told that go through a step at once, of all its sequences together, and sequences that begin or
 # finish a token at once. Each takes 40 kB or more while it runs, and the system does not get all of it back:
 # 250 sequences that tell 12 layers would need 100 MB.
-MOST_AT_ONCE = 64
+MOST_AT_ONCE = 32
 # layers, experts and gates, as `Steps.step` takes them
 Told: TypeAlias = tuple[Int32[np.ndarray, "n M"], Int32[np.ndarray, "n M K"], Float32[np.ndarray, "n M K"]]
 
