@@ -103,8 +103,9 @@ def test_splits_are_whole_sequences_that_none_shares(followed: tuple[Path, dict[
 
 def test_versions_and_aliases_are_where_the_guide_leaves_them(followed: tuple[Path, dict[str, int]]) -> None:
     store = open_store(followed[0] / "store")
-    assert store.aliases("my-model") == {"candidate": 3, "production": 1}
-    assert store.manifest("my-model", 3).outlook is not None
+    assert store.aliases("my-model") == {"candidate": 4, "production": 1}
+    assert [store.manifest("my-model", number).lineage.refit for number in (1, 3)] == [False, True]
+    assert store.manifest("my-model", 4).outlook is not None
     assert store.aliases("my-model-tuned") == {"production": 1}
 
 

@@ -66,7 +66,7 @@ def test_it_is_calibrated_and_scored_as_the_run_before_it(folder: Path) -> None:
     assert (before[0].lineage.refit, after[0].lineage.refit) == (False, True)
     assert after[0].lineage.traces == before[0].lineage.traces
     first, second = after[0].lineage.command.split(" && ")
-    assert first == before[0].lineage.command and second.startswith("specmoe ")
+    assert first == before[0].lineage.command and second.startswith("specmoe")
 
 
 def test_it_is_published_and_better_on_what_it_has_learnt(folder: Path) -> None:
