@@ -104,9 +104,10 @@ def trained(run: Run, folder: Path) -> tuple[TrainedPredictor, float]:
     saved = checkpoint.load(folder / CHECKPOINT)
     predictor = network_of(run.spec, run.predictor_config, run.vocabulary, run.hidden_size)
     if not saved["best_weights"]:
+        until = "first look at the validation split" if run.refit is None else "end"
         raise ExportFailed(
-            f"{folder} was interrupted before its first look at the validation split.",
-            remedy="Go on with it: specmoe train --resume.",
+            f"{folder} was interrupted before its {until}.",
+            remedy=f"Go on with it: specmoe {'train' if run.refit is None else 'refit'} --resume.",
         )
     try:
         predictor.load_state_dict(saved["best_weights"])

@@ -110,7 +110,8 @@ class Trainer:
                     events.add_scalar("train/loss", loss, self.step)
                     if self.step % look_every == 0 or self.step == self.last_step:
                         if self.validation is None:
-                            self.best_weights = self._averaged()
+                            if self.step == self.last_step:
+                                self.best_weights = self._averaged()
                             bar.set_postfix_str(f"loss {loss:.3f}")
                         else:
                             look = self.look()

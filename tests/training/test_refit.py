@@ -80,18 +80,20 @@ def test_it_is_published_and_better_on_what_it_has_learnt(folder: Path) -> None:
 
 
 def test_interrupted_and_resumed_it_ends_as_if_it_had_not_been(
-    folder: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     take_step = Trainer.take_step
 
     def interrupted(trainer: Trainer) -> float:
-        if trainer.step == 3:
+        if trainer.step == trainer.last_step - 1:
             raise KeyboardInterrupt
         return take_step(trainer)
 
     monkeypatch.setattr(Trainer, "take_step", interrupted)
     assert main(again(folder, "halves")) == 130
     monkeypatch.undo()
+    assert main(["export", str(folder / "halves")]) == 2
+    assert "was interrupted before its end. Go on with it: specmoe refit --resume" in capsys.readouterr().err
     assert main(again(folder, "halves", "--resume")) == 0
     weights = [checkpoint.load(folder / name / CHECKPOINT)["best_weights"] for name in ("final", "halves")]
     for name, value in weights[0].items():

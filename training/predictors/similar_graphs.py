@@ -108,7 +108,10 @@ class Preceding(nn.Module):
 
 
 def chosen_there(rows: Int[Tensor, "B M W*K"], experts: Int32[Tensor, "B M K"]) -> Float[Tensor, "B M W*K"]:
-    """1 where what the window was routed to in some layers is among the experts of this token, else 0."""
+    """1 where what the window was routed to in some layers is among the experts of this token, else 0.
+
+    Of a layer not seen it means nothing: -1 is an expert's id in bytes.
+    """
     first, *others = experts.to(rows.dtype).split(1, -1)
     chosen = rows == first
     for other in others:
