@@ -15,6 +15,8 @@ from traces.spec import RoutingSpec
 TINY = 1e-9
 # How many layers after the last one seen count more: what a server has time to fetch is among them.
 NEAREST = 4
+# What the level of the logits counts beside their ranking: enough to fix it.
+LEVEL = 0.1
 
 
 def unseen(seen: Int64[Tensor, "B P"], num_layers: int) -> Float[Tensor, "B P L"]:
@@ -62,8 +64,8 @@ def top_one_loss(
 def set_loss(
     logits: Float[Tensor, "*M B P L E"], targets: Float[Tensor, "B L E"], weight: Float[Tensor, "B P L"]
 ) -> Float[Tensor, ""]:
-    """Sum over unseen layers of how badly the routed set is ranked and how wrong probabilities are, in nats
-    per routed expert.
+    """Sum over unseen layers of how badly the routed set is ranked and, at a tenth, how wrong probabilities
+    are, in nats per routed expert.
 
     Two terms on the same logits. By one, each routed expert is to be ahead of those that are not routed: the
     cross-entropy of the softmax over it and them. (A softmax over all experts would have the routed ones
@@ -75,4 +77,4 @@ def set_loss(
     others = torch.logsumexp(logits + torch.log((1 - routed).clamp(min=TINY)), -1, keepdim=True)
     behind = (functional.softplus(others - logits) * routed).sum(-1)
     sigmoid = functional.binary_cross_entropy_with_logits(logits, routed.expand_as(logits), reduction="none")
-    return ((behind + sigmoid.sum(-1)) / routed.sum(-1) * weight).sum()
+    return ((behind + LEVEL * sigmoid.sum(-1)) / routed.sum(-1) * weight).sum()

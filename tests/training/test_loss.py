@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional
 
-from training.loss import NEAREST, set_loss, top_one_loss, unseen, weighted, weighted_next
+from training.loss import LEVEL, NEAREST, set_loss, top_one_loss, unseen, weighted, weighted_next
 
 SEEN = torch.tensor([[0, 2], [0, 1]])
 
@@ -61,7 +61,8 @@ def test_a_routed_expert_is_to_be_ahead_of_those_that_are_not_routed() -> None:
         z, others = logits[layer], targets[layer] == 0
         for expert in chosen:  # the cross-entropy over it and the others, without its companion
             expected += functional.cross_entropy(torch.cat([z[expert, None], z[others]]), torch.tensor(0)) / 2
-        expected += functional.binary_cross_entropy_with_logits(z, targets[layer], reduction="sum") / 2
+        level = functional.binary_cross_entropy_with_logits(z, targets[layer], reduction="sum")
+        expected += LEVEL * level / 2
     came = set_loss(logits[None, None], targets[None], torch.ones(1, 1, 3))
     torch.testing.assert_close(came, expected)
 
@@ -72,7 +73,7 @@ def test_routed_experts_do_not_compete_with_each_other() -> None:
     ahead = torch.tensor([9.0, 0.0, 0.0, 0.0])
     level = functional.binary_cross_entropy_with_logits(logits + ahead, targets[0, 0], reduction="sum") / 2
     loss = set_loss((logits + ahead)[None, None, None], targets, weight)
-    (push,) = torch.autograd.grad(loss - level, logits)
+    (push,) = torch.autograd.grad(loss - LEVEL * level, logits)
     # The first is far ahead: it is pushed no further, and the second one is not pushed back for it.
     assert abs(float(push[0])) < 1e-3 and float(push[1]) < -1e-2
 
@@ -82,7 +83,7 @@ def test_an_expert_that_is_routed_to_in_part_is_in_part_among_the_others() -> No
     mixed = torch.tensor([[[0.75, 0.25, 0.0]]])
     others = math.log(0.25 + 0.75 + 1)
     behind = math.log1p(math.exp(others))
-    assert float(set_loss(logits, mixed, weight)) == pytest.approx(behind + 3 * math.log(2), rel=1e-5)
+    assert float(set_loss(logits, mixed, weight)) == pytest.approx(behind + LEVEL * 3 * math.log(2), rel=1e-5)
 
 
 def test_if_all_experts_are_routed_to_the_loss_stays_a_number() -> None:
