@@ -5,8 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.errors import ConfigInvalid
-
-PRECISIONS = ("float32", "bfloat16")
+from training.precision import PRECISIONS
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class TrainConfig:
     noise: standard deviation of a factor on every weight of the inputs (1).
     evaluate_every: passes between two looks at the validation split (count).
     patience: looks without a better validation loss before the run stops early (count).
-    precision: of products while training; bfloat16 is faster where the hardware has it (float32 or bfloat16).
+    precision: of products while training; bfloat16 where the hardware has it (float32 or bfloat16).
     seed: of every random choice (integer).
     """
 

@@ -30,6 +30,7 @@ from training.examples import Batch, Examples
 from training.loss import loss_of, unseen, weighted, weighted_next
 from training.optimizer import optimizer
 from training.plan import Plan, plan_step, steps_per_pass
+from training.precision import products
 from training.predictors.predictor import Predictor
 from training.processes import Processes
 from training.vocabulary import UNKNOWN_ROW
@@ -191,9 +192,7 @@ class Trainer:
         return [tensor.to(self.where.device) for tensor in told]
 
     def _precision(self) -> AbstractContextManager[Any]:
-        """In which products are worked out."""
-        short = self.config.precision == "bfloat16"
-        return torch.autocast(self.where.device.type, dtype=torch.bfloat16, enabled=short)
+        return products(self.config.precision, self.where.device)
 
     def _summed_loss(
         self,

@@ -22,6 +22,7 @@ from training.export import export
 from training.hidden_states import check_hidden
 from training.loop import Trainer, best_passes
 from training.plan import steps_per_pass
+from training.precision import tell_imitated
 from training.predictor_configs import PredictorConfig, reads_hidden
 from training.predictors import examples_of, network_of
 from training.processes import Processes, processes
@@ -155,6 +156,8 @@ def _fit(
         check_resumable(folder, run)
     elif where.leads:
         write_run(folder, run)
+    if where.leads:
+        tell_imitated(run.train_config.precision, where.device)
     torch.manual_seed(run.train_config.seed)
     network = network_of(run.spec, run.predictor_config, run.vocabulary, run.hidden_size)
     blocks = _blocks(run, trace)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Options of `specmoe compare`."""
-    from training.config import PRECISIONS
+    from training.precision import PRECISIONS
 
     parser.add_argument("--traces", type=Path, nargs="+", required=True, help="training traces")
     parser.add_argument("--validation", type=Path, nargs="+", required=True, help="validation traces")

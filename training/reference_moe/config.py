@@ -8,10 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from training.config import demand
+from training.precision import PRECISIONS
 from training.reference_moe.tokenizer import BYTES
 
 HEAD_WIDTH = 32
-PRECISIONS = ("float32", "bfloat16")
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from transformers import PreTrainedTokenizerFast
 from training import checkpoint
 from training.errors import RunInvalid, TrainingError
 from training.loop import CHECKPOINT, MAX_GRADIENT_NORM, schedule
+from training.precision import products
 from training.reference_moe.config import ReferenceConfig
 from training.reference_moe.model import answer, balance_loss, build
 from training.reference_moe.windows import Ids, draw, in_order
@@ -149,8 +150,7 @@ class Trainer:
             return torch.cat([answer(self.model, part).losses for part in parts])
 
     def _precision(self) -> Any:
-        half = self.config.precision == "bfloat16"
-        return torch.autocast(self.device.type, torch.bfloat16, enabled=half)
+        return products(self.config.precision, self.device)
 
     def _note(self, losses: Tensor, bar: Any) -> None:
         entry = {

@@ -13,6 +13,7 @@ import torch
 from transformers import AutoTokenizer, PreTrainedTokenizerFast, logging
 
 from training.errors import ConfigInvalid, RunInvalid
+from training.precision import tell_imitated
 from training.reference_moe.config import ReferenceConfig
 from training.reference_moe.loop import Trainer
 from training.reference_moe.texts import texts_of
@@ -39,6 +40,7 @@ def train(
     train_ids, validation_ids = (tokenized(tokenizer, of) for of in (train_texts, validation_texts))
     check_length(train_ids, config, "train")
     check_length(validation_ids, config, "validation")
+    tell_imitated(config.precision, torch.device(chosen))
     trainer = Trainer(config, tokenizer, train_ids, validation_ids, run, device=chosen, resume=resume)
     trainer.fit(minutes)
     return trainer
