@@ -20,8 +20,8 @@ from specmoe.expert_cache import ExpertCache
 from traces.spec import RoutingSpec
 from traces.trace import RoutingTrace
 
-# (token, first token of its sequence, layers seen) -> experts of the layers from there on, best first;
-# None where no answer came.
+# (token, first token of its sequence, layers seen) -> experts of the layers from there on, best first, a
+# shorter row of coverage sets ending in -1; None where no answer came.
 Ask = Callable[[int, int, int], Integer[np.ndarray, "M n"] | None]
 
 
@@ -55,27 +55,55 @@ class RecallTally:
         }
 
 
+class CoverageTally:
+    """How often the sets that came held all routed experts, and how large they were, by distance."""
+
+    def __init__(self, spec: RoutingSpec) -> None:
+        # Rows as in RecallTally. Columns: layers covered, experts in sets, layers.
+        self._counts = np.zeros((spec.num_layers, 3), np.int64)
+
+    def add(self, seen: int, sets: Integer[np.ndarray, "M n"], routed: Integer[np.ndarray, "M K"]) -> None:
+        """Sets made after `seen` layers, and what the router did."""
+        covered = (sets[:, :, None] == routed[:, None, :]).any(axis=1).all(axis=1)  # [M]
+        rows = np.stack([covered, np.count_nonzero(sets >= 0, axis=1), np.ones(len(sets), np.int64)], 1)
+        if seen == 0:
+            self._counts[0] += rows.sum(0)
+        else:
+            self._counts[1 : len(rows) + 1] += rows
+
+    def report(self) -> dict[str, dict[str, float]]:
+        """By distance "start", "1", ..., and "all": `covered`, `mean_set_size`, `layers` (counted)."""
+        names = ["start", *map(str, range(1, len(self._counts))), "all"]
+        counts = [*self._counts.tolist(), self._counts.sum(0).tolist()]
+        return {
+            name: {"covered": covered / layers, "mean_set_size": size / layers, "layers": layers}
+            for name, (covered, size, layers) in zip(names, counts, strict=True)
+            if layers
+        }
+
+
 class Replay:
     """The state of a replay: what was asked, forecast, routed and resident up to now.
 
-    every: ask again after so many layers; 0: at token start only. prefetch: experts a layer to fetch ahead.
+    every: ask again after so many layers; 0: at token start only. prefetch: experts a layer to fetch ahead;
+    None: those of the coverage sets that come.
     cache_share: share of all experts that is resident. A forecast is fetched for the layers up to the next
     question, which will know more. Raises ReplayError where the cache cannot hold the experts of one layer,
     or a layer has fewer experts than are to be fetched.
     """
 
     def __init__(
-        self, trace: RoutingTrace, ask: Ask, *, every: int, prefetch: int, cache_share: float
+        self, trace: RoutingTrace, ask: Ask, *, every: int, prefetch: int | None, cache_share: float
     ) -> None:
         spec = trace.spec
-        if prefetch > spec.num_experts:
+        if prefetch is not None and prefetch > spec.num_experts:
             raise ReplayError(
                 f"{prefetch} experts of a layer are to be fetched ahead, but it has {spec.num_experts}.",
                 remedy="Give a smaller --top-n.",
             )
         self.trace, self._ask, self._prefetch = trace, ask, prefetch
         self.questions = [0, *range(every, spec.num_layers, every)] if every else [0]
-        self.recall = RecallTally(spec)
+        self.recall, self.coverage = RecallTally(spec), CoverageTally(spec)
         self.tokens = 0
         capacity = cache_capacity(spec, cache_share)
         self.lru, self.ahead = ExpertCache(capacity), ExpertCache(capacity)
@@ -86,8 +114,10 @@ class Replay:
         for seen, until in pairwise([*self.questions, len(experts)]):
             ranking = self._ask(token, start, seen)
             if ranking is not None:
-                self.recall.add(seen, ranking, experts[seen:])
-                wanted = ranking[: until - seen, : self._prefetch].tolist()
+                tally = self.coverage if self._prefetch is None else self.recall
+                tally.add(seen, ranking, experts[seen:])
+                ahead = ranking[: until - seen, : self._prefetch]
+                wanted = [row[row >= 0].tolist() for row in ahead]
                 self.ahead.prefetch(zip(range(seen, until), wanted, strict=True))
             for layer in range(seen, until):
                 routed = experts[layer].tolist()
@@ -102,6 +132,7 @@ class Replay:
             "tokens": self.tokens,
             "questions_after_layers": self.questions,
             "recall": self.recall.report(),
+            "coverage": self.coverage.report(),
             "cache": {
                 "experts_resident": self.lru.capacity,
                 "experts": self.trace.spec.num_layers * self.trace.spec.num_experts,

@@ -43,7 +43,8 @@ def check_fit(served: Iterable[ModelInfo], model: str, spec: RoutingSpec) -> Non
 class ReplayedService:
     """Asks as a model server would; keeps the latency of each answer and the reason of each missing one.
 
-    context_tokens: finished tokens of the sequence sent with each question. top_n: experts of a layer wanted.
+    context_tokens: finished tokens of the sequence sent with each question. top_n: experts of a layer wanted,
+    or coverage: as many as hold all the routed ones with this probability.
     """
 
     def __init__(
@@ -54,11 +55,12 @@ class ReplayedService:
         model: str,
         version: int | str | None,
         context_tokens: int,
-        top_n: int,
+        top_n: int | None = None,
+        coverage: float | None = None,
     ) -> None:
         self._client, self._trace, self._model, self._version = client, trace, model, version
         self._context_tokens = context_tokens
-        self._top_n = min(top_n, trace.spec.num_experts)
+        self._top_n, self._coverage = top_n, coverage
         # A finished token is sent many times: its JSON is made once and kept while it is context.
         self._finished = functools.lru_cache(maxsize=context_tokens)(self._token)
         self._latencies_ms: list[float] = []
@@ -73,7 +75,9 @@ class ReplayedService:
         ]
         question = Sequence(so_far.experts, so_far.gates, so_far.token_id, context)
         began_s = time.perf_counter()
-        answer = self._client.predict(self._model, question, version=self._version, top_n=self._top_n)
+        answer = self._client.predict(
+            self._model, question, version=self._version, top_n=self._top_n, coverage=self._coverage
+        )
         if answer is None:
             failure = self._client.last_failure
             self._unanswered[failure.reason if failure else "unknown"] += 1

@@ -48,7 +48,9 @@ class ReplayedStream:
             self._unanswered[getattr(failure, "reason", "unknown")] += 1
             return None
         self._latencies_ms.append((time.perf_counter() - began_s) * 1000)
-        return forecast.experts
+        # What stands behind a coverage set is filling.
+        listed = np.arange(forecast.experts.shape[1]) < forecast.sizes[:, None]
+        return np.where(listed, forecast.experts.astype(np.int32), -1)
 
     def report(self) -> dict[str, Any]:
         """The version that answered, and how fast."""

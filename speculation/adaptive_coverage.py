@@ -1,6 +1,6 @@
 """Coverage that holds where routing drifts away from the validation split: thresholds that learn from misses.
 
-coverage sets of the manifest + routing as it comes -> AdaptiveCoverage -> set sizes
+coverage sets of the manifest + routing as it comes -> AdaptiveCoverage -> coverage sets
 a budget + what was fetched -> BudgetThreshold -> whom to fetch
 
 Adaptive conformal inference (Gibbs & Candès, "Adaptive Conformal Inference Under Distribution Shift", NeurIPS
@@ -26,7 +26,7 @@ from collections.abc import Sequence
 import numpy as np
 from jaxtyping import Bool, Float, Float32, Float64, Int64, Integer
 
-from speculation.coverage import sizes_of
+from speculation.coverage import CoverageSets, level_number, sizes_of
 from speculation.errors import CoverageUnknown, InputInvalid
 from speculation.runtime import Speculator
 
@@ -42,12 +42,15 @@ LARGEST_LOG_ODDS = 16.0
 class AdaptiveCoverage:
     """Set sizes by level and layer; the thresholds of one group of distances are moved together.
 
-    levels: those of the manifest. correction: by level and group, what thresholds are lower by, in log-odds.
+    levels: of the manifest; all of them unless some are named. correction: by level and group, what
+    thresholds are lower by, in log-odds.
     step: log-odds that a group's thresholds fall by where a token missed all of them; 0 leaves them.
-    Raises CoverageUnknown where the version's sets have no thresholds.
+    Raises CoverageUnknown where the version's sets have no thresholds, or none of a level that is named.
     """
 
-    def __init__(self, speculator: Speculator, *, step: float = STEP) -> None:
+    def __init__(
+        self, speculator: Speculator, *, levels: Sequence[float] | None = None, step: float = STEP
+    ) -> None:
         if not step >= 0:
             raise InputInvalid(
                 f"step is {step}, expected 0 or more.", remedy="0 leaves the thresholds as they are."
@@ -58,7 +61,10 @@ class AdaptiveCoverage:
                 f"{speculator.origin} has no thresholds that could be moved.",
                 remedy="Take a newer version, or export and publish this one again.",
             )
-        self.levels = coverage.levels
+        if levels is None:
+            self.levels = coverage.levels
+        else:
+            self.levels = tuple(coverage.levels[level_number(coverage, level)] for level in levels)
         self._step = step
         sets = [speculator.coverage_sets(level) for level in self.levels]
         self._least = np.stack([s.least for s in sets])  # [level, layers seen, target layer]
@@ -66,15 +72,23 @@ class AdaptiveCoverage:
         self._log_odds = _log_odds(self._threshold.astype(np.float64))
         self._group = groups(speculator.spec.num_layers)
         self.correction: Float64[np.ndarray, "A G"] = np.zeros((len(self.levels), len(GROUP_BEGINS) + 1))
+        self._moved = self._threshold
+
+    def sets(self, number: int) -> CoverageSets:
+        """Those of a level as they are now. number: its place among the levels."""
+        return CoverageSets(self._least[number], self._moved[number])
 
     def sizes(
         self, probabilities: Float32[np.ndarray, "*B L E"], seen: int | Integer[np.ndarray, "*B"]
     ) -> Int64[np.ndarray, "A *B L"]:
         """How many first-ranked experts to fetch, by level and layer; 0 where the layer was seen."""
-        return sizes_of(self._least[:, seen], self.thresholds()[:, seen], probabilities[None])
+        return sizes_of(self._least[:, seen], self._moved[:, seen], probabilities[None])
 
     def thresholds(self) -> Float32[np.ndarray, "A L L"]:
         """[level, layers seen, target layer]: whoever is at least so probable is to be fetched."""
+        return self._moved
+
+    def _move_thresholds(self) -> Float32[np.ndarray, "A L L"]:
         by_layer = self.correction[:, self._group]
         moved = 1 / (1 + np.exp(np.minimum(by_layer - self._log_odds, 700.0)))
         moved = np.where(by_layer >= LARGEST_LOG_ODDS, 0.0, moved)  # at the end, nobody is left out
@@ -95,8 +109,10 @@ class AdaptiveCoverage:
             return
         seen = np.array([number for number, _ in forecasts])
         probabilities = np.stack([p for _, p in forecasts])
-        needed = needed_of(probabilities, routing[None].repeat(len(seen), 0))
-        self.move(seen, needed > self.sizes(probabilities, seen))
+        routed = routing[None].repeat(len(seen), 0).astype(np.int64)
+        # Who is missed is neither probable enough nor among the first-ranked.
+        improbable = _least_of(probabilities, routed) < self._moved[:, seen]
+        self.move(seen, improbable & (needed_of(probabilities, routed) > self._least[:, seen]))
 
     def move(self, seen: Int64[np.ndarray, "F"], missed: Bool[np.ndarray, "A F L"]) -> None:
         """The same, where it is known which sets missed a routed expert; of layers seen: no matter."""
@@ -109,6 +125,7 @@ class AdaptiveCoverage:
             self.correction[row] += np.where(count > 0, self._step * (share - (1 - level)), 0.0)
         # Beyond it nothing would change, and the way back would take longer.
         np.clip(self.correction, -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS, out=self.correction)
+        self._moved = self._move_thresholds()
 
 
 class BudgetThreshold:
@@ -154,13 +171,23 @@ def budget_of(bytes_per_token: float, expert_bytes: float, num_layers: int) -> f
 
 
 def needed_of(
-    probabilities: Float[np.ndarray, "*N E"], routed: Integer[np.ndarray, "*N K"]
+    probabilities: Float[np.ndarray, "*N E"], routed: Int64[np.ndarray, "*N K"]
 ) -> Int64[np.ndarray, "*N"]:
     """How many first-ranked experts it takes to have all the routed ones; ties: the lower id first."""
-    order = np.argsort(-probabilities, axis=-1, kind="stable")
-    found = (order[..., None] == routed[..., None, :]).any(-1)
-    needed: Int64[np.ndarray, "*N"] = found.shape[-1] - found[..., ::-1].argmax(-1)
+    of_routed = np.take_along_axis(probabilities, routed, axis=-1)
+    least = of_routed.min(-1, keepdims=True)
+    last = np.where(of_routed == least, routed, -1).max(-1, keepdims=True)
+    as_probable = (probabilities == least) & (np.arange(probabilities.shape[-1]) <= last)
+    needed: Int64[np.ndarray, "*N"] = np.count_nonzero((probabilities > least) | as_probable, axis=-1)
     return needed
+
+
+def _least_of(
+    probabilities: Float[np.ndarray, "*N E"], routed: Int64[np.ndarray, "*N K"]
+) -> Float[np.ndarray, "*N"]:
+    """The probability of the routed expert that was least probable."""
+    least: Float[np.ndarray, "*N"] = np.take_along_axis(probabilities, routed, axis=-1).min(-1)
+    return least
 
 
 def groups(num_layers: int) -> Int64[np.ndarray, "L L"]:

@@ -58,6 +58,7 @@ typedef struct specmoe_options {
     const char *version;  /* a number or an alias; NULL: the one that is served */
     uint16_t top_n;       /* experts a layer; 0: twice the model's top-k. Must be 0 with coverage */
     float coverage;       /* as many experts as hold all the routed ones with this probability; 0: top_n */
+    int adapt;            /* coverage learns from its misses: it holds where routing drifts */
     uint16_t ahead;       /* layers that a forecast covers at most; 0: all that are left */
     uint16_t every;       /* a forecast after every so many layers; 0: none, use specmoe_ask */
     int at_start;         /* a forecast at the start of a token */
@@ -1036,7 +1037,7 @@ static inline int specmoe_hello_(specmoe_stream *stream) {
     if (result) return result;
     memset(payload, 0, bytes);
     payload[0] = SPECMOE_HELLO_;
-    payload[1] = (uint8_t)(1 | (options->at_start ? 4 : 0));
+    payload[1] = (uint8_t)(1 | (options->at_start ? 4 : 0) | (options->adapt ? 8 : 0));
     specmoe_put16_(payload + 8, options->every);
     specmoe_put16_(payload + 10, options->ahead);
     specmoe_put32_(payload + 12, 1);
@@ -1170,6 +1171,8 @@ static inline specmoe_stream *specmoe_open(const specmoe_options *options, char 
             specmoe_fail_(stream, SPECMOE_GONE,
                           "coverage is %g and top_n %d; expected a coverage below 1, or top_n, not both.",
                           (double)options->coverage, options->top_n);
+    else if (options->adapt && !(options->coverage > 0))
+        result = specmoe_fail_(stream, SPECMOE_GONE, "adapt needs a coverage, and there is none.");
     else
         result = specmoe_connect_(stream, options->address, end_us);
     if (!result) result = specmoe_be_welcomed_(stream, end_us);

@@ -33,7 +33,7 @@ from traces.spec import RoutingSpec
 HEADER: Final = struct.Struct("<BBHIHHI")  # kind, flags, count, tag, first_layer, layers, extra
 HELLO: Final = struct.Struct("<IfHHHH")  # deadline_us, coverage, top_n, model_bytes, version_bytes, zero
 WELCOME: Final = struct.Struct("<HHHHIIII")
-PER_SEQUENCE, UNION, AT_START = 1, 2, 4  # flags of hello
+PER_SEQUENCE, UNION, AT_START, ADAPT = 1, 2, 4, 8  # flags of hello
 TOKEN_IDS, GATES = 1, 2  # flags of context, start and routing
 FATAL = 1  # flag of error
 U16, U32, I32, F32 = np.dtype("<u2"), np.dtype("<u4"), np.dtype("<i4"), np.dtype("<f4")
@@ -67,7 +67,7 @@ def decode(frame: bytes, spec: RoutingSpec | None) -> Message:
 def _hello(frame: bytes, flags: int, count: int, tag: int, every: int, ahead: int, protocol: int) -> Hello:
     if protocol != PROTOCOL:
         raise _unreadable(f"hello speaks protocol {protocol}, expected {PROTOCOL}.")
-    _allow(Kind.HELLO, flags, PER_SEQUENCE | UNION | AT_START)
+    _allow(Kind.HELLO, flags, PER_SEQUENCE | UNION | AT_START | ADAPT)
     fixed = HEADER.size + HELLO.size
     if len(frame) < fixed:
         raise _unreadable(f"hello has {len(frame)} bytes, expected {fixed} and the model's name.")
@@ -89,6 +89,7 @@ def _hello(frame: bytes, flags: int, count: int, tag: int, every: int, ahead: in
         top_n=top_n or None,
         # In float32 0.99 is a little more than 0.99, for which there is no table.
         coverage=None if coverage == 0 else round(coverage, 6),
+        adapt=bool(flags & ADAPT),
         ahead=ahead,
         at_start=bool(flags & AT_START),
         every=every,

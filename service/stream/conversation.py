@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-from jaxtyping import Float32
+from jaxtyping import Float32, Integer
 
 from service.errors import MessageInvalid
 from service.stream.checks import check_experts, check_gates, check_token_ids
@@ -31,6 +31,7 @@ from service.stream.messages import (
     Routing,
     Start,
 )
+from service.stream.scoring import Kept
 
 # Of a sequence between two tokens.
 IDLE = -1
@@ -81,6 +82,15 @@ class Conversation:
     def congested(self) -> bool:
         """Whether forecasts had better wait."""
         return self._speaker.congested
+
+    @property
+    def adapts(self) -> bool:
+        """Whether it is to be told what finished tokens were routed to."""
+        return self._forecasts.adapts
+
+    def learn(self, forecasts: Kept, routing: Integer[np.ndarray, "L K"]) -> None:
+        """The forecasts of a finished token, each with the layers seen, and what it was routed to."""
+        self._forecasts.learn(forecasts, routing)
 
     def take(self, message: Message) -> None:
         """Do what a message says. Raises MessageInvalid, and then nothing of it was done."""

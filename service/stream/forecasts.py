@@ -17,6 +17,7 @@ from service.errors import MessageInvalid
 from service.loading import Running
 from service.stream.hub import Due
 from service.stream.messages import Hello, Kind, Ranking
+from speculation.adaptive_coverage import AdaptiveCoverage
 from speculation.demand import union_demand
 from speculation.ranking import rank
 
@@ -31,8 +32,24 @@ class Forecasts:
         self._spec = running.speculator.spec
         _check(hello, running)
         self._top_n = hello.top_n or min(self._spec.num_experts, DEFAULT_TOP_K_MULTIPLE * self._spec.top_k)
-        self._sets = None if hello.coverage is None else running.speculator.coverage_sets(hello.coverage)
+        self._published, self._adaptive = None, None
+        if hello.coverage is not None and hello.adapt:
+            self._adaptive = AdaptiveCoverage(running.speculator, levels=(hello.coverage,))
+        elif hello.coverage is not None:
+            self._published = running.speculator.coverage_sets(hello.coverage)
         self._alike: UInt16[np.ndarray, "1 L"] = np.full((1, self._spec.num_layers), self._top_n, np.uint16)
+
+    @property
+    def adapts(self) -> bool:
+        """Whether coverage learns from its misses, so that finished tokens are to be told."""
+        return self._adaptive is not None
+
+    def learn(
+        self, forecasts: list[tuple[int, Float32[np.ndarray, "L E"]]], routing: Integer[np.ndarray, "L K"]
+    ) -> None:
+        """The forecasts of a finished token, each with the layers seen, and what it was routed to."""
+        if self._adaptive is not None:
+            self._adaptive.observe(forecasts, routing)
 
     def rankings(
         self,
@@ -45,26 +62,26 @@ class Forecasts:
         """A forecast, a union, or both."""
         layers = slice(due.seen, self._end(due.seen))
         ahead = probabilities[:, layers]
-        sizes = self._sizes(probabilities, due.seen, layers)
-        width = self._top_n if self._sets is None else int(sizes.max())
+        sets = self._published if self._adaptive is None else self._adaptive.sets(0)
+        if sets is None:
+            sizes, width = self._alike_of(len(probabilities), layers), self._top_n
+        else:
+            sizes = sets.sizes(probabilities, due.seen)[:, layers]
+            width = int(sizes.max())
         experts, ranked = rank(ahead, width)
         head = (due.tag, due.seen, dropped, names, tokens)
         if self._hello.per_sequence:
             yield Kind.FORECAST, Ranking(*head, experts, ranked, sizes)
         if self._hello.union:
             demand = union_demand(ahead)
-            if self._sets is None:
+            if sets is None:
                 yield Kind.UNION, Ranking(*head, *rank(demand, width), sizes[0])
             else:
                 yield Kind.UNION, Ranking(*head, *_covering(demand, experts, sizes))
 
-    def _sizes(
-        self, probabilities: Float32[np.ndarray, "n L E"], seen: int, layers: slice
-    ) -> Integer[np.ndarray, "n m"]:
-        if self._sets is not None:
-            return self._sets.sizes(probabilities, seen)[:, layers]
-        sizes: UInt16[np.ndarray, "n m"] = self._alike[:, layers]  # of one sequence nothing need be made
-        return sizes if len(probabilities) == 1 else sizes.repeat(len(probabilities), 0)
+    def _alike_of(self, count: int, layers: slice) -> Integer[np.ndarray, "n m"]:
+        alike: UInt16[np.ndarray, "n m"] = self._alike[:, layers]  # of one sequence nothing need be made
+        return alike if count == 1 else alike.repeat(count, 0)
 
     def _end(self, seen: int) -> int:
         ahead = self._hello.ahead
@@ -102,6 +119,11 @@ def _check(hello: Hello, running: Running) -> None:
     if hello.coverage is not None and not 0 < hello.coverage < 1:
         raise MessageInvalid(
             f"coverage is {hello.coverage}, expected a probability between 0 and 1.", remedy=ONE_OF_THEM
+        )
+    if hello.adapt and hello.coverage is None:
+        raise MessageInvalid(
+            "adapt came without coverage: there is nothing that could adapt.",
+            remedy="Give coverage, or leave adapt out.",
         )
     if not (hello.per_sequence or hello.union):
         raise MessageInvalid(

@@ -26,7 +26,7 @@ from service.loading import Running
 from service.settings import Settings
 from service.stream.awake import Awake
 from service.stream.history import History
-from service.stream.scoring import Scoring
+from service.stream.scoring import Learner, Scoring
 from speculation.coverage import CoverageSets
 from speculation.live import LiveScores
 from speculation.slots import Slots
@@ -38,7 +38,7 @@ TICK_ROWS = 256
 FRESH = 0.1
 
 
-class Client(Protocol):
+class Client(Learner, Protocol):
     """Whom a sequence belongs to and forecasts go to."""
 
     deadline_s: float
@@ -145,7 +145,7 @@ class Hub:
         self.slots.start(np.array(rows), token_ids)
         for row in rows:
             self._overtake(row)
-            self._scoring.begin(row)
+            self._scoring.begin(row, self._owner[row])
         self.use(rows)
 
     def tell(
@@ -256,6 +256,7 @@ class Hub:
         dues = self._ready()
         if dues:
             self._forecast(dues)
+        self._scoring.learn_from_one()
         # After a token's end its next start may have come meanwhile, which should not wait for this.
         if not (dues or finished) or self._scoring.presses:
             self._scoring.score_one()

@@ -50,7 +50,7 @@ class Kind(IntEnum):
 class Hello:
     """What a connection is for. ahead, every: layers, 0: all, none. deadline_us: 0: none.
 
-    top_n, coverage: None where not given; at most one of them is.
+    top_n, coverage: None where not given; at most one of them is. adapt: coverage learns from its misses.
     """
 
     tag: int
@@ -60,6 +60,7 @@ class Hello:
     union: bool = False
     top_n: int | None = None
     coverage: float | None = None
+    adapt: bool = False
     ahead: int = 0
     at_start: bool = True
     every: int = 1

@@ -54,6 +54,7 @@ class _HelloText(Request):
     union: bool = False
     top_n: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] | None = None
     coverage: Annotated[float, Field(gt=0.0, lt=1.0)] | None = None
+    adapt: bool = False
     ahead: Layers = 0
     at_start: bool = True
     every: Layers = 1

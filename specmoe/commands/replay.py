@@ -2,12 +2,13 @@
 
     specmoe replay test.npz --model gpt-oss-20b
     specmoe replay test.npz --model gpt-oss-20b@2 --uds /run/specmoe.sock --cache-share 0.125 --every 1
+    specmoe replay test.npz --model gpt-oss-20b --coverage 0.9 --adapt
 
-Prints recall by distance, the hit rate of a simulated expert cache without and with forecasts, and the
-latency that a client sees. Over the stream, routing is told once, as it happens. Over REST (--rest) the
-service keeps nothing between requests, so each question carries the last finished tokens again
-(--context-tokens): more of them are better forecasts and longer requests. One sequence is played at a time.
-Ctrl-C ends it and prints what there is.
+Prints recall by distance (with --coverage: how often sets held all routed experts, and their size), the hit
+rate of a simulated expert cache without and with forecasts, and the latency that a client sees. Over the
+stream, routing is told once, as it happens. Over REST (--rest) the service keeps nothing between requests, so
+each question carries the last finished tokens again (--context-tokens): more of them are better forecasts and
+longer requests. One sequence is played at a time. Ctrl-C ends it and prints what there is.
 """
 
 from __future__ import annotations
@@ -46,6 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--rest", action="store_true", help="ask over REST instead of the stream")
     add("--cache-share", type=float, default=0.25, help="share of all experts that is resident (%(default)s)")
     add("--top-n", type=_positive, metavar="N", help="experts of a layer to prefetch (the model's top-k)")
+    add("--coverage", type=float, metavar="P", help="prefetch sets made to hold all routed experts so often")
+    add("--adapt", action="store_true", help="have these sets learn from their misses")
     add(
         "--every",
         type=_natural,
@@ -74,6 +77,7 @@ def run(args: argparse.Namespace) -> int:
     _require_client()
     from specmoe_client import ClientError
 
+    _check(args)
     trace = load(args.trace)
     try:
         report = _replay(args, trace)
@@ -83,6 +87,20 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         args.json.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     return 0 if report["complete"] else 130
+
+
+def _check(args: argparse.Namespace) -> None:
+    """Raises ReplayError where flags contradict each other."""
+    if args.coverage is not None and args.top_n is not None:
+        raise ReplayError(
+            f"--top-n {args.top_n} and --coverage {args.coverage} came together.",
+            remedy="Give one of them, or neither.",
+        )
+    if args.adapt and (args.coverage is None or args.rest):
+        raise ReplayError(
+            "--adapt is for coverage sets, over the stream.",
+            remedy="Give --coverage 0.9 with it, and no --rest.",
+        )
 
 
 def _require_client() -> None:
@@ -99,14 +117,17 @@ def _replay(args: argparse.Namespace, trace: RoutingTrace) -> dict[str, Any]:
     from specmoe.replayed_service import check_fit
 
     model, _, version = args.model.partition("@")
-    prefetch = args.top_n or trace.spec.top_k
+    prefetch = None if args.coverage is not None else args.top_n or trace.spec.top_k
     with Client(args.url, uds=args.uds, timeout_ms=args.timeout_ms) as client:
         check_fit(client.models(), model, trace.spec)
         asked = {
             "model": model,
             "version": int(version) if version.isdecimal() else version or None,
-            "top_n": min(max(prefetch, 2 * trace.spec.top_k), trace.spec.num_experts),
         }
+        if prefetch is None:
+            asked |= {"coverage": args.coverage} | ({"adapt": True} if args.adapt else {})
+        else:
+            asked |= {"top_n": min(max(prefetch, 2 * trace.spec.top_k), trace.spec.num_experts)}
         with _service(args, client, trace, asked) as service:
             replay = Replay(
                 trace, service.ask, every=args.every, prefetch=prefetch, cache_share=args.cache_share
@@ -159,7 +180,8 @@ def _text(report: dict[str, Any], spec: RoutingSpec) -> list[str]:
     return [
         f"{report['model']} (version {versions}), {report['tokens']} tokens{end},"
         f" asked {len(report['questions_after_layers'])} times each, {way}",
-        *_recall_lines(report["recall"], spec.top_k),
+        *(_recall_lines(report["recall"], spec.top_k) if report["recall"] else []),
+        *(_coverage_lines(report["coverage"]) if report["coverage"] else []),
         *_cache_lines(report["cache"]),
         "",
         "latency, ms    " + "   ".join(f"{name} {value:.2f}" for name, value in report["latency_ms"].items()),
@@ -174,6 +196,15 @@ def _recall_lines(recall: dict[str, dict[str, float]], top_k: int) -> list[str]:
         "",
         f"{'distance':<14} {f'recall@{top_k}':>10} {f'recall@{2 * top_k}':>10}",
         *(f"{name:<14} {row['recall_at_k']:>10.3f} {row['recall_at_2k']:>10.3f}" for name, row in shown),
+    ]
+
+
+def _coverage_lines(coverage: dict[str, dict[str, float]]) -> list[str]:
+    shown = [(name, coverage[name]) for name in (*SHOWN_DISTANCES, "all") if name in coverage]
+    return [
+        "",
+        f"{'distance':<14} {'covered':>10} {'set size':>10}",
+        *(f"{name:<14} {row['covered']:>10.3f} {row['mean_set_size']:>10.1f}" for name, row in shown),
     ]
 
 

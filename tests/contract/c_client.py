@@ -88,6 +88,7 @@ class Driver:
         version: str = "-",
         top_n: int = 0,
         coverage: float = 0,
+        adapt: bool = False,
         ahead: int = 0,
         every: int = 1,
         at_start: bool = True,
@@ -96,7 +97,7 @@ class Driver:
     ) -> dict[str, Any]:
         """Open a stream, instead of the one there was."""
         reached = where if isinstance(where, str) else address(where)
-        options = (top_n, coverage, ahead, every, int(at_start), max_sequences, timeout_ms)
+        options = (top_n, coverage, int(adapt), ahead, every, int(at_start), max_sequences, timeout_ms)
         return self._say("connect", reached, model, version, *options)
 
     def __call__(self, command: str, sequences: Sequence[int]) -> dict[str, Any]:

@@ -107,6 +107,13 @@ def test_a_batch_in_one_message_is_forecast_as_the_python_client_has_it(
                         assert_same(client.wait(our), stream.wait(their, PATIENT_MS))
 
 
+@pytest.mark.parametrize("adapt", [False, True])
+def test_coverage_adapts_where_the_program_wants_it(client: Driver, adapt: bool) -> None:
+    with ToyStream() as server:
+        client.connect(server.url, coverage=0.9, adapt=adapt)
+        assert server.connections[0].book.hello["adapt"] is adapt
+
+
 def test_each_sequence_of_a_batch_has_sets_of_its_own_size(client: Driver) -> None:
     told = {0: Told(token_id=5), 63: Told(token_id=6), 9: Told(token_id=7)}
     sizes = {sequence: [set_size(one, layer) for layer in range(LAYERS)] for sequence, one in told.items()}
@@ -271,6 +278,7 @@ def test_a_message_that_the_service_would_not_take_is_not_sent(client: Driver) -
         ({"version": "9"}, "version_not_found"),
         ({"top_n": 3, "coverage": 0.9}, "not both"),
         ({"coverage": 1.0}, "a coverage below 1"),
+        ({"adapt": True}, "adapt needs a coverage"),
         ({"max_sequences": 0}, "max_sequences is 0"),
         ({"max_sequences": 65536}, "max_sequences is 65536"),
         ({"model": "m" * 1500}, "1500 bytes"),

@@ -50,7 +50,8 @@ def test_a_path_before_the_streams_own_is_kept(open_stream: Any) -> None:
 
 
 def test_hello_asks_for_what_the_program_wants(open_stream: Any) -> None:
-    wants = {"model": "m", "version": 7, "union": True, "per_sequence": False, "coverage": 0.95, "ahead": 3}
+    wants = {"model": "m", "version": 7, "union": True, "per_sequence": False, "ahead": 3}
+    wants |= {"coverage": 0.95, "adapt": True}
     with ToyStream() as server:
         connected(open_stream, server, **wants, at_start=False, every=2, deadline_ms=1.5)
         assert server.connections[0].book.hello == {
@@ -335,6 +336,7 @@ def test_the_service_hears_that_a_stream_ends(open_stream: Any) -> None:
 WRONG_OPTIONS = {
     "no model": {"model": ""},
     "two sizes": {"top_n": 3, "coverage": 0.9},
+    "adapt without coverage": {"adapt": True},
     "no forecasts": {"per_sequence": False},
     "coverage of one": {"coverage": 1.0},
     "no time": {"deadline_ms": 0},

@@ -133,6 +133,7 @@ class Book:
             "per_sequence": bool(flags & 1),
             "union": bool(flags & 2),
             "at_start": bool(flags & 4),
+            "adapt": bool(flags & 8),
             "every": every,
             "ahead": ahead,
             "deadline_us": deadline_us,

@@ -198,6 +198,30 @@ def test_recall_by_distance_worked_by_hand() -> None:
     }
 
 
+def test_sets_and_their_coverage_worked_by_hand() -> None:
+    routing = np.array([[[0, 1], [2, 3], [4, 5], [0, 1]]], np.int16)
+    recorded = RoutingTrace(SPEC, routing, None, None, np.array([0, 1]), ("a",))
+    answers = {
+        0: [[0, 5, 1], [0, 2, -1], [5, 4, -1], [1, 0, 2]],  # all but the second; 10 experts in 4 sets
+        2: [[4, 5, 3, 2], [3, 1, -1, -1]],  # distance 1: held; distance 2: not
+    }
+    replay = Replay(
+        recorded, lambda token, start, seen: np.array(answers[seen]), every=2, prefetch=None, cache_share=1
+    )
+    replay.play(0, 0)
+    report = replay.report()
+    assert report["recall"] == {}
+    assert report["coverage"] == {
+        "start": {"covered": 0.75, "mean_set_size": 2.5, "layers": 4},
+        "1": {"covered": 1.0, "mean_set_size": 4.0, "layers": 1},
+        "2": {"covered": 0.0, "mean_set_size": 2.0, "layers": 1},
+        "all": {"covered": 4 / 6, "mean_set_size": 16 / 6, "layers": 6},
+    }
+    # Of the sets for layers 0 and 1, then for 2 and 3, all are fetched and one routed expert each is missing.
+    assert report["cache"]["lru_and_forecast"]["fetched_ahead"] == 5 + 6
+    assert report["cache"]["lru_and_forecast"]["fetched_on_demand"] == 2
+
+
 @pytest.mark.parametrize(
     ("every", "questions"), [(0, [0]), (1, [0, 1, 2, 3]), (2, [0, 2]), (3, [0, 3]), (4, [0]), (9, [0])]
 )

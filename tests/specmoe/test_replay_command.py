@@ -84,6 +84,34 @@ def test_its_numbers_are_complete(url: str, tmp_path: Path, way: list[str]) -> N
     assert list(report["latency_ms"]) == ["p50", "p90", "p99", "max"]
 
 
+@pytest.mark.parametrize("way", [[], ["--adapt"], ["--rest"]], ids=["stream", "adapting", "rest"])
+def test_with_coverage_it_prefetches_sets_and_tells_what_they_held(
+    url: str, tmp_path: Path, capsys: Any, way: list[str]
+) -> None:
+    report = replayed(tmp_path, url, "--every", "1", "--coverage", "0.9", *way)
+    assert report["recall"] == {}
+    assert {name: row["layers"] for name, row in report["coverage"].items()} == {
+        "start": 40,
+        "1": 30,
+        "2": 20,
+        "3": 10,
+        "all": 100,
+    }
+    whole = report["coverage"]["all"]
+    printed = capsys.readouterr().out
+    assert f"all {whole['covered']:>21.3f} {whole['mean_set_size']:>10.1f}" in printed
+    assert "recall@2" not in printed
+
+
+def test_sets_that_adapt_grow_where_they_miss(url: str, tmp_path: Path) -> None:
+    published, adapted = (
+        replayed(tmp_path, url, "--every", "1", "--coverage", "0.99", *way)["coverage"]["all"]
+        for way in ([], ["--adapt"])
+    )
+    assert published["covered"] < adapted["covered"]
+    assert published["mean_set_size"] < adapted["mean_set_size"]
+
+
 def test_by_default_it_asks_at_token_start_and_after_every_four_layers(url: str, tmp_path: Path) -> None:
     assert replayed(tmp_path, url)["questions_after_layers"] == [0]
 
@@ -179,6 +207,11 @@ REFUSED = {
     "no URL": (["--url", "localhost"], "expected http://host:port"),
     "a socket that is not there": (["--uds", "none.sock"], "Check that the service runs"),
     "too many experts": (["--top-n", "9"], "9 experts of a layer"),
+    "two sizes": (["--top-n", "3", "--coverage", "0.9"], "--top-n 3 and --coverage 0.9 came together"),
+    "nothing that adapts": (["--adapt"], "--adapt is for coverage sets"),
+    "nobody who adapts": (["--adapt", "--coverage", "0.9", "--rest"], "over the stream"),
+    "a coverage beyond the tables": (["--coverage", "0.999"], "0.999"),
+    "a coverage of one": (["--coverage", "1"], "Give a probability between 0 and 1"),
 }
 
 

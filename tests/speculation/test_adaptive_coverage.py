@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from copy import deepcopy
 from dataclasses import replace
 
 import numpy as np
@@ -48,6 +49,18 @@ def test_it_begins_with_the_published_sets(running: AdaptiveCoverage) -> None:
     for seen in range(LAYERS):
         published = [SPECULATOR.coverage_sets(level).sizes(p, seen) for level in running.levels]
         assert np.array_equal(running.sizes(p, seen), published)
+
+
+def test_sets_of_a_level_are_its_sizes_and_move_with_it() -> None:
+    running, rng = AdaptiveCoverage(SPECULATOR, levels=(0.93, 0.9)), np.random.default_rng(4)
+    assert running.levels == (0.95, 0.9)
+    for _ in range(20):
+        p = made_up(rng)
+        for seen in range(LAYERS):
+            sizes = [running.sets(number).sizes(p, seen) for number in (0, 1)]
+            assert np.array_equal(running.sizes(p, seen), sizes)
+        running.observe([(0, p), (2, p)], routed(rng, 1 - p))
+    assert (running.correction[:, 0] > 0).all()
 
 
 def test_many_forecasts_at_once_are_as_one_by_one(running: AdaptiveCoverage) -> None:
@@ -109,8 +122,12 @@ def test_misses_are_kept_down_in_the_long_run_through_any_shift(
         truth = made_up(rng)
         told = made_up(rng, before if token < tokens // 2 else after)  # knows nothing
         needed = needed_of(told, routing := routed(rng, truth))
-        missed += (needed > running.sizes(told, 0)).mean(axis=-1)
+        missing = needed > running.sizes(told, 0)
+        missed += missing.mean(axis=-1)
+        twin = deepcopy(running)
+        twin.move(np.array([0]), missing[:, None])
         running.observe([(0, told)], routing)
+        assert np.array_equal(running.correction, twin.correction)
     allowed = 2 * (LARGEST_LOG_ODDS + step) / (step * tokens)
     assert (missed / tokens - (1 - np.array(running.levels)) <= allowed).all()
 

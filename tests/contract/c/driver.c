@@ -51,8 +51,8 @@ static specmoe_stream *opened(char *error, size_t error_bytes) {
     int top_n, ahead, every, at_start;
     unsigned long sequences, timeout_ms;
     specmoe_options options = specmoe_defaults(address, model);
-    if (scanf("%599s %1999s %63s %d %f %d %d %d %lu %lu", address, model, version, &top_n, &options.coverage, &ahead, &every,
-              &at_start, &sequences, &timeout_ms) != 10)
+    if (scanf("%599s %1999s %63s %d %f %d %d %d %d %lu %lu", address, model, version, &top_n, &options.coverage, &options.adapt, &ahead, &every,
+              &at_start, &sequences, &timeout_ms) != 11)
         exit(2);
     options.version = strcmp(version, "-") ? version : NULL;
     options.top_n = (uint16_t)top_n;

@@ -60,6 +60,7 @@ def _hello(message: Message) -> bytes:
         message.get("per_sequence", True)
         | message.get("union", False) << 1
         | message.get("at_start", True) << 2
+        | message.get("adapt", False) << 3
     )
     model = message["model"].encode()
     version = str(message.get("version") or "").encode()

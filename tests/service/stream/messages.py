@@ -43,7 +43,13 @@ def token_ids(draw: st.DrawFn, count: int) -> list[int] | None:
 def hello(draw: st.DrawFn) -> Message:
     limit = draw(
         st.sampled_from(
-            [{"top_n": None}, {"top_n": 3}, {"coverage": 0.9}, {"coverage": 0.99}, {"top_n": 512}]
+            [
+                {"top_n": None},
+                {"top_n": 3},
+                {"top_n": 512},
+                {"coverage": 0.9},
+                {"coverage": 0.99, "adapt": True},
+            ]
         )
     )
     return {

@@ -34,7 +34,7 @@ def plain(message: Message) -> list[Any]:
 
 def test_hello_is_read_field_by_field() -> None:
     message = bytes.fromhex(
-        "01 06 0000 07000000 0300 0200 01000000"  # union and at_start, tag 7, every 3, ahead 2, protocol 1
+        "01 0e 0000 07000000 0300 0200 01000000"  # union, at_start, adapt; tag 7, every 3, ahead 2; protocol
         "88130000 6666663f 0000 0300 0200 0000"  # 5000 µs, coverage 0.9, 3 and 2 bytes
         "746f79 3132"
     )
@@ -46,6 +46,7 @@ def test_hello_is_read_field_by_field() -> None:
         union=True,
         top_n=None,
         coverage=0.9,
+        adapt=True,
         ahead=2,
         at_start=True,
         every=3,
@@ -191,7 +192,7 @@ MALFORMED = {
 HELLO = struct.Struct("<IfHHHH")
 MALFORMED_HELLO = {
     "another protocol": (frame(1, extra=2), "hello speaks protocol 2, expected 1."),
-    "unknown flag": (frame(1, flags=8, extra=1), "hello has flags 8, expected bits of 7 only."),
+    "unknown flag": (frame(1, flags=16, extra=1), "hello has flags 16, expected bits of 15 only."),
     "no body": (frame(1, extra=1), "hello has 16 bytes, expected 32 and the model's name."),
     "sequences": (
         frame(1, count=1, extra=1, body=HELLO.pack(0, 0, 0, 0, 0, 0)),

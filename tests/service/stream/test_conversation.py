@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 
 from service.stream import connection, host
+from service.stream.scoring import MOST_LEARNED, MOST_TOKENS
+from speculation.adaptive_coverage import AdaptiveCoverage
 from speculation.live import LiveScores
 from speculation.sequence import Sequence
 from tests.service.stream.conversing import SPECULATOR, Service, Talk, conversing
@@ -189,6 +191,52 @@ async def test_coverage_lists_as_many_experts_as_its_table_says(service: Service
     assert listed == [len(layer.experts) for layer in sequence.forecast(coverage=0.95)]
 
 
+@pytest.mark.parametrize("share", [0.0, 1.0])
+async def test_sets_that_adapt_learn_from_each_finished_token_of_their_own_stream(
+    shared_store: Path, share: float
+) -> None:
+    expected, published = AdaptiveCoverage(SPECULATOR, levels=(0.9,)), SPECULATOR.coverage_sets(0.9)
+    sequence, grown = Replayed(SPECULATOR), []
+    async with conversing(shared_store, stream_score_share=share) as service:
+        talk = await service.talk(coverage=0.9, adapt=True)
+        talk.say("open", sequences=[7])
+        for _ in range(12):
+            sequence.start(-1)
+            # Those that it expects least: its sets are too small.
+            experts = np.argsort(sequence.probabilities(), axis=-1)[:, :K]
+            forecasts, asked = [], ("start", {})
+            for seen in range(LAYERS):
+                kind, fields = asked
+                (forecast,) = await talk.forecasts(kind, sequences=[7], **fields)
+                forecasts.append((seen, probabilities := sequence.probabilities()))
+                sizes = expected.sizes(probabilities, seen)[0, seen:]
+                listed = forecast["predictions"][0]["layers"]
+                assert [len(layer["experts"]) for layer in listed] == sizes.tolist()
+                grown.append(int((sizes - published.sizes(probabilities, seen)[seen:]).sum()))
+                now = experts[None, seen : seen + 1]
+                asked = "routing", {"first_layer": seen, "experts": now.tolist()}
+                sequence.tell(now[0])
+            await talk.forecasts("routing", sequences=[7], **asked[1])
+            await asyncio.sleep(0.01)
+            expected.observe(forecasts, experts)
+        others = [await begun(service, 7, coverage=0.9, adapt=adapt) for adapt in (True, False)]
+        ((one,), (other,)) = [await told(talk, 0, 1, 7) for talk in others]
+        (version,) = (await service.client.get("/v1/models/toy/live")).json()["versions"]
+    assert one["predictions"] == other["predictions"]
+    assert not any(grown[:LAYERS]) and any(grown[-LAYERS:])
+    assert version["tokens"] == 12 * share
+
+
+async def test_many_adapting_sequences_leave_room_for_those_that_are_scored(shared_store: Path) -> None:
+    many = list(range(200))
+    async with conversing(shared_store, stream_score_share=0.0) as service:
+        talk = await begun(service, *many, coverage=0.9, adapt=True)
+        hub = service.streams.hubs("toy")[0]
+        assert len(hub._scoring._followed) == MOST_LEARNED < MOST_TOKENS
+        talk.say("close", sequences=many)
+        assert not hub._scoring._followed
+
+
 async def test_context_is_taken_in_before_the_forecast_that_follows_it(service: Service) -> None:
     token_ids, experts, gates = routed(3, 40, TOY_SPEC, seen=LAYERS)
     talk, sequence = await service.talk(top_n=8), Replayed(SPECULATOR)
@@ -322,6 +370,7 @@ REFUSED_HELLOS = {
     "no such alias": ({"version": "candidate"}, 4404, "version_not_found"),
     "nothing asked for": ({"per_sequence": False}, 4400, "invalid_message"),
     "top_n and coverage": ({"top_n": 2, "coverage": 0.9}, 4400, "invalid_message"),
+    "adapt without coverage": ({"adapt": True}, 4400, "invalid_message"),
     "top_n beyond the experts": ({"top_n": 9}, 4400, "invalid_message"),
     "coverage above 1": ({"coverage": 1.5}, 4400, "invalid_message"),
     "coverage no number": ({"coverage": float("nan")}, 4400, "invalid_message"),

@@ -84,6 +84,7 @@ class Conversation:
         uds: str | None = None,
         top_n: int | None = None,
         coverage: float | None = None,
+        adapt: bool = False,
         per_sequence: bool = True,
         union: bool = False,
         ahead: int = 0,
@@ -93,7 +94,7 @@ class Conversation:
         history: int = DEFAULT_HISTORY,
     ) -> None:
         self._options = StreamOptions(
-            model, version, top_n, coverage, per_sequence, union, ahead, at_start, every, deadline_ms
+            model, version, top_n, coverage, adapt, per_sequence, union, ahead, at_start, every, deadline_ms
         )
         self.history = history
         if history < 0:

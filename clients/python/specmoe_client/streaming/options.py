@@ -20,7 +20,8 @@ class StreamOptions:
     """model: as in /v1/models. version: a number, an alias, or None for the one that is served.
 
     top_n: experts a layer. coverage: as many as hold all the routed ones with this probability, 0 to 1.
-        With neither, twice the model's top-k.
+        With neither, twice the model's top-k. adapt: coverage learns from its misses, so that it holds where
+        routing is unlike what the version was made with.
     per_sequence, union: which forecasts come. ahead: layers that one covers at most; 0: all that are left.
     at_start: one comes at the start of a token. every: and after so many layers; 0: after none.
     deadline_ms: a forecast that cannot be sent so soon after its message is not sent at all.
@@ -32,6 +33,7 @@ class StreamOptions:
     version: int | str | None = None
     top_n: int | None = None
     coverage: float | None = None
+    adapt: bool = False
     per_sequence: bool = True
     union: bool = False
     ahead: int = 0
@@ -51,6 +53,8 @@ class StreamOptions:
             raise wrong("Neither per_sequence nor union forecasts are asked for.", "Ask for one, or both.")
         if self.coverage is not None and not 0 < self.coverage < 1:
             raise wrong(f"coverage is {self.coverage}.", "Give a probability between 0 and 1.")
+        if self.adapt and self.coverage is None:
+            raise wrong("adapt came without coverage.", "Give coverage, or leave adapt out.")
         if self.deadline_ms is not None and not 0 < self.deadline_ms * 1000 <= MAX_U32:
             raise wrong(
                 f"deadline_ms is {self.deadline_ms}.", "Give a positive number, or None for no deadline."
@@ -73,6 +77,7 @@ class StreamOptions:
             self.per_sequence * frames.PER_SEQUENCE
             | self.union * frames.UNION_DEMAND
             | self.at_start * frames.AT_START
+            | self.adapt * frames.ADAPT
         )
         return frames.hello(
             self.model,
