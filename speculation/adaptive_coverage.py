@@ -88,7 +88,7 @@ class AdaptiveCoverage:
         """[level, layers seen, target layer]: whoever is at least so probable is to be fetched."""
         return self._moved
 
-    def _move_thresholds(self) -> Float32[np.ndarray, "A L L"]:
+    def _corrected(self) -> Float32[np.ndarray, "A L L"]:
         by_layer = self.correction[:, self._group]
         moved = 1 / (1 + np.exp(np.minimum(by_layer - self._log_odds, 700.0)))
         moved = np.where(by_layer >= LARGEST_LOG_ODDS, 0.0, moved)  # at the end, nobody is left out
@@ -125,7 +125,7 @@ class AdaptiveCoverage:
             self.correction[row] += np.where(count > 0, self._step * (share - (1 - level)), 0.0)
         # Beyond it nothing would change, and the way back would take longer.
         np.clip(self.correction, -LARGEST_LOG_ODDS, LARGEST_LOG_ODDS, out=self.correction)
-        self._moved = self._move_thresholds()
+        self._moved = self._corrected()
 
 
 class BudgetThreshold:
